@@ -1,0 +1,1 @@
+"""A/B of serving: the same requests to two or more SGLang servers, compared in one report."""

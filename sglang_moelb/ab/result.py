@@ -1,0 +1,193 @@
+"""The result of a comparison: everything that the tables and plots show, as JSON.
+
+`schema` grows when a field changes its meaning or goes; new fields do not change it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+SCHEMA = 1
+
+
+class _Row(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class Spread(_Row):
+    """A number over rounds: the median, the smallest and the largest, and each of them."""
+
+    value: float
+    low: float
+    high: float
+    rounds: list[float]
+
+
+class Latency(_Row):
+    """Percentiles in milliseconds, each over the rounds."""
+
+    p50: Spread
+    p95: Spread
+    p99: Spread
+
+
+class Served(_Row):
+    """How one kind of request was served: `all`, `image` or `text`. Token rates are a second."""
+
+    kind: str
+    num_requests: int
+    num_failed: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prompt_tok_s: Spread | None
+    output_tok_s: Spread | None
+    requests_s: Spread | None
+    ttft_ms: Latency | None
+    tpot_ms: Latency | None  # (end to end - TTFT) / (output tokens - 1)
+    latency_ms: Latency | None
+
+
+class Distance(_Row):
+    """Absolute differences of the log-probability of the chosen token, both arms choosing it."""
+
+    num_tokens: int
+    mean: float
+    max: float
+
+
+class Agreement(_Row):
+    """Greedy tokens of an arm against those of the first arm, request by request.
+
+    `token_share` is the tokens before the first difference over all tokens (of the longer answer).
+    """
+
+    kind: str
+    num_pairs: int
+    num_equal: int
+    equal_share: float
+    token_share: float
+    distance_all: Distance | None  # over the common prefix of every pair
+    distance_equal: Distance | None  # over the pairs whose whole sequences are equal
+    logprob_coverage: float  # share of common tokens for which both log-probabilities are known
+
+
+class LayerBalance(_Row):
+    """Max/mean rows over ranks of one MoE layer, over prefill passes; 1.0 is perfect."""
+
+    layer: int
+    before_mean: float
+    before_p95: float
+    after_mean: float
+    after_p95: float
+
+
+class ReasonCount(_Row):
+    """How many passes had this lever for this reason. Numbers in the reason are replaced by #."""
+
+    lever: str
+    used: bool
+    reason: str
+    num_passes: int
+    example: str
+
+
+class Choice(_Row):
+    """From `step` on, the policy `epoch` held, with this lever, for this reason."""
+
+    step: int
+    epoch: int
+    lever: str
+    reason: str
+
+
+class Passes(_Row):
+    """What the server's passes recorded after the warm-up."""
+
+    mode: str
+    form: str
+    num_seen: int
+    num_passes: int  # by the server's own counter
+    num_by_phase: dict[str, int]
+    num_by_lever: dict[str, int]
+    layers: list[LayerBalance]
+    balance_before: float
+    balance_after: float
+    balance_before_acted: float | None  # of the prefill passes in which a lever acted
+    balance_after_acted: float | None
+    rows_ratio_before: float  # rows of the busiest rank, all prefill passes, over the mean rank's
+    rows_ratio_after: float
+    vision_token_share: float
+    lost_share: float
+    moved_share: float
+    num_dropped_rows: int
+    num_added_rows: int
+    overhead_share: float  # our own time over the time of the passes
+    step_ms_by_phase: dict[str, float]
+    reasons: list[ReasonCount]
+    choices: list[Choice]
+    controller_states: list[str]
+    last_decision: dict[str, str]
+    quality_budget: float | None
+    error: str
+
+
+class ArmResult(_Row):
+    """One arm."""
+
+    name: str
+    flags: list[str]
+    url: str | None
+    command: list[str]
+    failure: str
+    start_s: float | None
+    wall_s: list[float]
+    served: list[Served]
+    failures: dict[str, int]
+    agreement: list[Agreement]
+    passes: Passes | None
+    status_error: str
+
+
+class Difference(_Row):
+    """A measure of an arm against the first arm, as a share: +0.05 is 5 % more."""
+
+    arm: str
+    measure: str
+    change: float
+    within_spread: bool
+
+
+class Conditions(_Row):
+    """Where, when and how it was measured."""
+
+    date: str
+    command: str
+    seed: int
+    model: str
+    workload: str
+    num_requests: int
+    num_image_requests: int
+    num_images: int
+    rounds: int
+    concurrency: int
+    max_tokens: int
+    num_warmup: int
+    order: list[str]
+    prefix_cache: bool
+    common_flags: list[str]
+    cpu: str
+    num_cores: int
+    memory_gib: float
+    gpus: list[str]
+    load_before: float | None  # running processes of the machine, 1 min average, before the start
+    versions: dict[str, str]
+
+
+class Result(_Row):
+    """The comparison. The first arm is the one that the others are compared with."""
+
+    schema: int
+    conditions: Conditions
+    arms: list[ArmResult]
+    differences: list[Difference]
+    repeat: list[Agreement]  # the first arm's later rounds against its own first: the noise floor

@@ -1,0 +1,274 @@
+"""The one configuration tree, and the only reader of the environment.
+
+The tree comes from `--moelb-config` (a file or JSON text) with the other `--moelb-*` flags laid
+over it, travels to SGLang's processes as JSON in one environment variable, and is frozen. A wrong
+value is an error that names the knob, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from sglang_moelb.types import (
+    MODES,
+    READY_MODES,
+    Level,
+    Lever,
+    Metric,
+    Mode,
+    Policy,
+    Preference,
+    Rule,
+    Scope,
+)
+
+CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
+STANDIN_VARIABLE = "SGLANG_MOELB_STANDIN"
+
+LEVELS = {"expert": Level.EXPERT, "device": Level.DEVICE}
+SCOPES = {"source": Scope.SOURCE, "global": Scope.GLOBAL}
+METRICS = {
+    "score": Metric.SCORE,
+    "order": Metric.ORDER,
+    "reverse": Metric.REVERSE,
+    "random": Metric.RANDOM,
+}
+PREFERENCES = {
+    "uniform": Preference.UNIFORM,
+    "image-first": Preference.IMAGE_FIRST,
+    "text-first": Preference.TEXT_FIRST,
+}
+RULES = {"plain": Rule.PLAIN, "macs": Rule.MACS}
+LEVERS = {"expand": Lever.EXPAND, "drop": Lever.DROP}
+FAULTS = ("none", "die", "hang")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": MODES,
+    "capacity.level": tuple(LEVELS),
+    "capacity.scope": tuple(SCOPES),
+    "capacity.metric": tuple(METRICS),
+    "capacity.preference": tuple(PREFERENCES),
+    "capacity.rule": tuple(RULES),
+    "fault.controller": FAULTS,
+}
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A knob has a wrong value; the message names knob, value and fix."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class CapacityConfig(_Section):
+    """Capacity of the levers `drop` and `expand` (Capacity-Aware Inference, MACS)."""
+
+    factor: Positive = 1.25  # times the mean rows of a group
+    level: Literal["expert", "device"] = "device"
+    scope: Literal["source", "global"] = "global"
+    metric: Literal["score", "order", "reverse", "random"] = "score"
+    preference: Literal["uniform", "image-first", "text-first"] = "image-first"
+    rule: Literal["plain", "macs"] = "plain"
+    renormalise: bool = False
+    max_extra_experts: Annotated[int, msgspec.Meta(ge=0, le=24)] = 0  # a token; 0: all that fit
+    macs_delta: Positive = 1.0
+    macs_rho: Share = 0.5
+    min_batch_tokens: Count = 2048  # over all ranks; smaller passes are left alone
+
+
+class ControllerConfig(_Section):
+    """How the controller thread decides in mode `auto`."""
+
+    window_passes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
+    min_gain: Share = 0.02  # share of step time below which `none` wins
+    switch_margin: Share = 0.01  # further gain needed to change lever
+    min_dwell_passes: Annotated[int, msgspec.Meta(ge=1)] = 4
+    quality_budget: Share = 0.02  # share of gate mass that may be lost over the quality window
+    quality_window_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+    timeout_ms: Positive = 100.0  # a record unread for longer, and for a pass, means `none`
+
+
+class FaultConfig(_Section):
+    """Faults to inject, for tests and drills; never set in production."""
+
+    controller: Literal["none", "die", "hang"] = "none"
+
+
+class Config(_Section):
+    """All of it. `mode` is what the user allows; see `docs/operations.md`."""
+
+    mode: Mode = "none"
+    capacity: CapacityConfig = CapacityConfig()
+    controller: ControllerConfig = ControllerConfig()
+    fault: FaultConfig = FaultConfig()
+
+    def to_json(self) -> str:
+        """The tree as JSON text; `parse` is its inverse."""
+        return msgspec.json.encode(self).decode()
+
+
+def parse(tree: dict[str, Any], *, check_mode: bool = True) -> Config:
+    """Build a `Config` from plain JSON types. Raises `ConfigError`.
+
+    With `check_mode` a mode whose lever is not there yet is refused by name.
+    """
+    _reject_not_finite(tree, "")
+    try:
+        config = msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(tree, str(error))) from error
+    if check_mode and config.mode not in READY_MODES:
+        raise ConfigError(
+            f"moelb mode: {config.mode!r} is not available in this version: its lever is not "
+            f"there yet. Use one of {', '.join(READY_MODES)}."
+        )
+    return config
+
+
+def merge(config: Config, changes: dict[str, Any], *, check_mode: bool = True) -> Config:
+    """`config` with `changes` (a partial tree of plain JSON types) laid over it.
+
+    Raises `ConfigError` for an unknown knob or a wrong value; `config` itself never changes.
+    """
+    tree = msgspec.to_builtins(config)
+    _lay_over(tree, changes, "")
+    return parse(tree, check_mode=check_mode)
+
+
+def load(source: str) -> dict[str, Any]:
+    """Read the argument of `--moelb-config`: JSON text if it starts with a brace, else a file."""
+    text, name = source, "--moelb-config"
+    if not source.lstrip().startswith("{"):
+        path, name = Path(source), f"--moelb-config {source}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot be read ({error.strerror}). Give a JSON file or "
+                              "JSON text that starts with '{'.") from error
+    try:
+        tree = msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON ({error}).") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: must be a JSON object, found {type(tree).__name__}.")
+    return tree
+
+
+def from_environment() -> Config | None:
+    """The configuration that the launching process set, or None if the plugin is not asked for."""
+    text = os.environ.get(CONFIG_VARIABLE, "")
+    return parse(load(text)) if text else None
+
+
+def to_environment(config: Config) -> None:
+    """Hand `config` to the processes that this one will spawn."""
+    os.environ[CONFIG_VARIABLE] = config.to_json()
+
+
+def standin_requested() -> bool:
+    """Whether this process is to run DeepEP's path on CPU (`ep/standin`)."""
+    return os.environ.get(STANDIN_VARIABLE, "") == "1"
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """All knobs of `config` by dotted name, in the order of the tree."""
+    return _flat(msgspec.to_builtins(config), "")
+
+
+def knobs() -> list[str]:
+    """Dotted names of all knobs, in the order of the tree."""
+    return list(flat(Config()))
+
+
+def to_numbers(config: Config) -> dict[str, int | float]:
+    """`config` as the numbers that SGLang's state update can carry; words become indices."""
+    return {k: CHOICES[k].index(v) if k in CHOICES else v for k, v in flat(config).items()}
+
+
+def from_numbers(numbers: dict[str, int | float]) -> Config:
+    """Inverse of `to_numbers`. Raises `ConfigError`."""
+    tree: dict[str, Any] = {}
+    for name, value in numbers.items():
+        if name not in _KNOBS:
+            raise ConfigError(f"moelb config: unknown knob {name!r}. Known: {', '.join(_KNOBS)}")
+        *sections, key = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        kind = type(_KNOBS[name])
+        place[key] = CHOICES[name][int(value)] if name in CHOICES else kind(value)
+    return parse(tree)
+
+
+def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Policy:
+    """The policy that uses `lever` with the capacity knobs of `config`."""
+    capacity = config.capacity
+    return Policy(
+        epoch=epoch,
+        lever=lever,
+        capacity_factor=capacity.factor,
+        level=LEVELS[capacity.level],
+        scope=SCOPES[capacity.scope],
+        metric=METRICS[capacity.metric],
+        preference=PREFERENCES[capacity.preference],
+        rule=RULES[capacity.rule],
+        renormalise=capacity.renormalise,
+        max_extra_experts=capacity.max_extra_experts,
+        min_batch_tokens=capacity.min_batch_tokens,
+        macs_delta=capacity.macs_delta,
+        macs_rho=capacity.macs_rho,
+        reason=reason,
+    )
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        values |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return values
+
+
+def _explain(tree: dict[str, Any], error: str) -> str:
+    """Turn msgspec's `... - at `$.a.b`` into a message with the knob's name and value."""
+    what, _, where = error.partition(" - at `$")
+    name = where.rstrip("`").lstrip(".")
+    given = _flat(tree, "").get(name)
+    value = f" is {given!r}" if given is not None else ""
+    fix = f"one of {', '.join(CHOICES[name])}" if name in CHOICES else what
+    if name in CHOICES:
+        return f"moelb config: {name}{value}; use {fix}"
+    return f"moelb config: {name or 'top level'}{value}: {fix}. Known knobs: {', '.join(knobs())}"
+
+
+def _lay_over(tree: dict[str, Any], changes: dict[str, Any], prefix: str) -> None:
+    for key, value in changes.items():
+        name = prefix + key
+        if key not in tree:
+            raise ConfigError(f"moelb config: unknown knob {name!r}. Known: {', '.join(knobs())}")
+        if isinstance(tree[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"moelb config: {name} must be an object, found {value!r}.")
+            _lay_over(tree[key], value, name + ".")
+        else:
+            tree[key] = value
+
+
+def _reject_not_finite(tree: dict[str, Any], prefix: str) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _reject_not_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"moelb config: {prefix}{key} is {value}; it must be a finite number")
+
+
+_KNOBS = flat(Config())

@@ -1,0 +1,137 @@
+"""The pass clock: one step of the controller a pass, from its record to the next policy.
+
+Pure: time, sizes and limits are arguments. Live serving, replay of a trace and the simulator drive
+this very class, and the same records give the same policies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sglang_moelb.config import Config, policy_of
+from sglang_moelb.controller import cost, forecast, load
+from sglang_moelb.controller.decide import Standing, decide
+from sglang_moelb.controller.quality import LossModel, QualityWindow
+from sglang_moelb.types import (
+    Decision,
+    Effects,
+    Lever,
+    LoadEstimate,
+    Observation,
+    Policy,
+    StepRecord,
+    Topology,
+)
+
+
+class Controller:
+    """Decides the policy of the next pass from the records of the last ones.
+
+    Not thread-safe: `step` and `reconfigure` must be called under one lock. Keeps references to
+    the records of its window.
+    """
+
+    def __init__(self, config: Config, topology: Topology, epoch: int = 0) -> None:
+        self._config = config
+        self._topology = topology
+        self._standing = Standing()
+        self._loss = LossModel()
+        self._quality = QualityWindow(config.controller.quality_window_passes)
+        self._watch(())
+        self._estimate = self._estimated()
+        self._decision = self._decided()
+        self._policy = self._policy_for(epoch)
+
+    @property
+    def policy(self) -> Policy:
+        """The newest policy."""
+        return self._policy
+
+    def step(self, observation: Observation) -> Effects:
+        """Take in one pass: load -> forecast -> decide -> policy.
+
+        The epoch grows only when something in the policy other than its reason changes. A pass
+        without news (decode, idle) changes nothing and costs next to nothing.
+        """
+        record = observation.record
+        if record.phase == "prefill":
+            self._quality.add(record)
+            self._loss = self._loss.updated(record, self._topology)
+            self._take(record)
+            self._estimate = self._estimated()
+            self._decision = self._decided()
+            self._policy = self._next_policy()
+        return Effects(policy=self._policy, decision=self._decision, estimate=self._estimate)
+
+    def reconfigure(self, config: Config) -> Policy:
+        """Change the configuration while serving; returns the policy to publish at once.
+
+        Its epoch always grows, so that a caller can tell when the change has arrived. What was
+        learned is kept: the window is forecast anew under the new capacity, and no dwell is waited
+        for. Masses of dropped rows are learned anew when the capacity knobs change.
+        """
+        if config.capacity != self._config.capacity:
+            self._loss = LossModel()
+        self._config = config
+        self._quality = self._quality.resized(config.controller.quality_window_passes)
+        self._standing = replace(self._standing, dwell_passes=Standing().dwell_passes)
+        self._watch([past.record for past in self._loads])
+        self._estimate = self._estimated()
+        self._decision = self._decided()
+        self._policy = self._policy_for(self._policy.epoch + 1)
+        return self._policy
+
+    def _watch(self, records: Iterable[StepRecord]) -> None:
+        num_passes = self._config.controller.window_passes
+        self._capacity = policy_of(self._config, Lever.NONE, epoch=0, reason="")
+        self._loads: deque[load.PassLoad] = deque(maxlen=num_passes)
+        self._projections: deque[tuple[forecast.Projection, ...]] = deque(maxlen=num_passes)
+        for record in records:
+            self._take(record)
+
+    def _take(self, record: StepRecord) -> None:
+        if not load.enters(record, min_batch_tokens=self._config.capacity.min_batch_tokens):
+            return
+        one = load.load_of(record, self._topology)
+        self._loads.append(one)
+        self._projections.append(forecast.project(one, self._topology, self._capacity))
+        dwell_passes = self._standing.dwell_passes + 1
+        self._standing = replace(self._standing, dwell_passes=dwell_passes)
+
+    def _estimated(self) -> LoadEstimate:
+        loads = tuple(self._loads)
+        model = cost.fit(loads)
+        times = cost.step_times(loads, model)
+        return LoadEstimate(
+            num_passes=len(loads),
+            confidence=load.confidence(loads),
+            balance_L=load.mean_balance(loads, self._topology.num_layers),
+            moe_share=times.moe_share,
+            ms_per_row=model.ms_per_row,
+            fixed_ms=model.fixed_ms,
+            spent_mass_share=self._quality.spent_share,
+            forecasts=forecast.forecast(
+                loads,
+                self._projections,
+                cost=model,
+                times=times,
+                loss=self._loss,
+                capacity=self._capacity,
+            ),
+        )
+
+    def _decided(self) -> Decision:
+        decision, self._standing = decide(self._estimate, self._config, self._standing)
+        return decision
+
+    def _policy_for(self, epoch: int) -> Policy:
+        decision = self._decision
+        return policy_of(self._config, decision.lever, epoch=epoch, reason=decision.reason)
+
+    def _next_policy(self) -> Policy:
+        policy = self._policy_for(self._policy.epoch)
+        if replace(policy, reason=self._policy.reason) == self._policy:
+            return policy
+        return replace(policy, epoch=policy.epoch + 1)

@@ -1,0 +1,185 @@
+"""LoadEstimate -> Decision: is it worth it, which lever, and why or why not.
+
+`none` is a lever like the others and wins unless another one earns its place. In order: the quality
+budget, whether anything is known, gain (`min_gain`; `switch_margin` more to change lever), quality,
+exact levers before lossy ones, and dwell (`min_dwell_passes` between changes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sglang_moelb.config import LEVERS, Config
+from sglang_moelb.controller import reasons
+from sglang_moelb.controller.load import full_confidence
+from sglang_moelb.controller.reasons import RESUME_SHARE
+from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
+
+# The lowest tier with a lever that pays is chosen from: exact levers are 0, lossy ones 1.
+TIER = {Lever.EXPAND: 1, Lever.DROP: 1}
+# Of the confidence that a full window of equal passes gives: to start a lever, and to keep it.
+START_CONFIDENCE = 0.5
+KEEP_CONFIDENCE = 0.4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """Where the last decision left things.
+
+    `lever` is the one that auto's rules hold to (in observe nothing of it is published),
+    `dwell_passes` the passes of the window since it changed, `budget_spent` whether the quality
+    budget was exceeded and has not recovered yet.
+    """
+
+    lever: Lever = Lever.NONE
+    dwell_passes: int = 1 << 30
+    budget_spent: bool = False
+
+
+def decide(estimate: LoadEstimate, config: Config, standing: Standing) -> tuple[Decision, Standing]:
+    """The lever for the next pass, and the standing for the next decision.
+
+    Args:
+        estimate: what is believed after the last pass.
+        config: mode and limits; the mode must be one whose lever exists.
+        standing: as returned before, with `dwell_passes` counted on by the caller.
+
+    The quality budget holds in every mode. Runs on the host. Ours.
+    """
+    spent = _budget_spent(estimate.spent_mass_share, config, standing.budget_spent)
+    standing = replace(standing, budget_spent=spent)
+    mode = config.mode
+    if mode in LEVERS:
+        decision = _fixed(LEVERS[mode], estimate, config, standing)
+        return decision, _moved(standing, decision.lever)
+    choice = _choose(estimate, config, standing)
+    standing = _moved(standing, choice.lever)
+    if mode == "none":
+        return _none("mode none"), standing
+    if mode == "observe":
+        would = f"would choose {reasons.name(choice.lever)}, because {choice.reason}"
+        return _none(f"observe only: {would}"), standing
+    return choice, standing
+
+
+def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decision:
+    if standing.budget_spent:
+        return _none(reasons.budget_spent(estimate, config))
+    unknown = _unknown(estimate, config, standing)
+    if unknown:
+        return _none(unknown)
+    current = _find(estimate.forecasts, standing.lever)
+    if current and current.lost_mass_share > config.controller.quality_budget:
+        return _none(reasons.too_lossy(current, config))
+    paying = [f for f in estimate.forecasts if _pays(f, estimate, config, standing)]
+    allowed = [f for f in paying if _affordable(f, config, standing)]
+    best = _best(allowed, config)
+    if current and current in allowed and best and not _worth_a_change(best, current, config):
+        return _take(current, f"keeping {reasons.name(current.lever)}: {reasons.gains(current)}")
+    to_lever = best.lever if best else Lever.NONE
+    wait = config.controller.min_dwell_passes - standing.dwell_passes
+    if to_lever != standing.lever and wait > 0:
+        hold = f"holding {reasons.name(standing.lever)} for {wait} more passes (min_dwell_passes)"
+        reason = f"{hold} before a change to {reasons.name(to_lever)}"
+        return _take(current, reason) if current else _none(reason)
+    if best:
+        return _take(best, reasons.gains(best))
+    if paying:
+        return _none(reasons.too_lossy(max(paying, key=lambda f: f.gain), config))
+    return _none(reasons.balanced(estimate, config, standing.lever, _bound(estimate)))
+
+
+def _fixed(lever: Lever, estimate: LoadEstimate, config: Config, standing: Standing) -> Decision:
+    if standing.budget_spent:
+        return _none(reasons.budget_spent(estimate, config))
+    no_pass = LeverForecast(lever=lever, balance=1.0, gain=0.0, lost_mass_share=0.0)
+    return _take(_find(estimate.forecasts, lever) or no_pass, f"mode {config.mode}")
+
+
+def _budget_spent(spent_share: float, config: Config, was_spent: bool) -> bool:
+    budget = config.controller.quality_budget
+    recovered = spent_share < RESUME_SHARE * budget
+    return budget == 0.0 or spent_share > budget or (was_spent and not recovered)
+
+
+def _unknown(estimate: LoadEstimate, config: Config, standing: Standing) -> str:
+    if estimate.num_passes == 0:
+        return f"no prefill pass of at least {config.capacity.min_batch_tokens} tokens seen yet"
+    if estimate.ms_per_row <= 0.0:
+        return "no time of the experts measured yet, so no gain can be forecast"
+    if estimate.moe_share <= 0.0:
+        return "no time of a step measured yet, so no gain can be forecast"
+    share = START_CONFIDENCE if standing.lever == Lever.NONE else KEEP_CONFIDENCE
+    needed = share * full_confidence(config.controller.window_passes)
+    if estimate.confidence < needed:
+        return (
+            f"confidence {estimate.confidence:.2f} after {estimate.num_passes} passes, "
+            f"below {needed:.2f}"
+        )
+    return ""
+
+
+def _bound(estimate: LoadEstimate) -> float:
+    """Share of a step that perfect balance would save."""
+    return estimate.moe_share * (1.0 - 1.0 / float(estimate.balance_L.mean()))
+
+
+def _needed(lever: Lever, config: Config, standing: Standing) -> float:
+    limits = config.controller
+    return limits.min_gain + (0.0 if lever == standing.lever else limits.switch_margin)
+
+
+def _pays(
+    forecast: LeverForecast, estimate: LoadEstimate, config: Config, standing: Standing
+) -> bool:
+    # A lossy lever also makes a balanced load cheaper, by doing less of it; that is not what the
+    # user asked for, so a gain counts only as far as balance could have brought it.
+    gain = min(forecast.gain, _bound(estimate))
+    return gain > 0.0 and gain >= _needed(forecast.lever, config, standing)
+
+
+def _affordable(forecast: LeverForecast, config: Config, standing: Standing) -> bool:
+    # A window that holds nothing but this lever must stay inside the budget; what is spent now
+    # leaves the window as it slides, and `_budget_spent` guards the time until then.
+    share = 1.0 if forecast.lever == standing.lever else RESUME_SHARE
+    return forecast.lost_mass_share <= share * config.controller.quality_budget
+
+
+def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast | None:
+    """Of the lowest tier: the one that loses least among those within a margin of the top gain."""
+    if not forecasts:
+        return None
+    tier = min(TIER[f.lever] for f in forecasts)
+    rivals = [f for f in forecasts if TIER[f.lever] == tier]
+    top = max(f.gain for f in rivals) - config.controller.switch_margin
+    return min((f for f in rivals if f.gain >= top), key=lambda f: (f.lost_mass_share, -f.gain))
+
+
+def _worth_a_change(best: LeverForecast, current: LeverForecast, config: Config) -> bool:
+    if TIER[best.lever] != TIER[current.lever]:
+        return True
+    return best.gain > current.gain + config.controller.switch_margin
+
+
+def _find(forecasts: Sequence[LeverForecast], lever: Lever) -> LeverForecast | None:
+    return next((f for f in forecasts if f.lever == lever), None)
+
+
+def _moved(standing: Standing, lever: Lever) -> Standing:
+    return standing if lever == standing.lever else replace(standing, lever=lever, dwell_passes=0)
+
+
+def _take(forecast: LeverForecast, reason: str) -> Decision:
+    return Decision(
+        lever=forecast.lever,
+        reason=reason,
+        expected_gain=forecast.gain,
+        expected_lost_mass_share=forecast.lost_mass_share,
+    )
+
+
+def _none(reason: str) -> Decision:
+    return Decision(
+        lever=Lever.NONE, reason=reason, expected_gain=0.0, expected_lost_mass_share=0.0
+    )

@@ -1,0 +1,211 @@
+"""What each lever would have left of the passes of the window, had it been on in all of them.
+
+A projection applies the rule of a lever to the counts of one pass; a forecast weighs the
+projections of the window with the cost model. Projections are exact for `drop` under scope global,
+the plain rule and protected tokens spread evenly over experts; otherwise estimates:
+
+- scope source needs counts per source rank, which a record lacks: it is taken as global. With equal
+  batches on all ranks the two agree.
+- MACS: rows weigh their mean, 1.0 for text and 0.5 for vision (sigmoid of a zero-mean score).
+- expand fills what room is left with rows of the rank's own tokens, see `_filled`.
+
+Shape letters: L MoE layers, E logical experts, R ranks, G groups, M modalities (text, vision).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_moelb.controller.cost import CostModel, StepTimes
+from sglang_moelb.controller.load import PassLoad, balance
+from sglang_moelb.controller.plan import (
+    AMOUNT_ONE,
+    capacity_rows,
+    expert_classes,
+    kept_amount,
+    macs_capacity,
+)
+from sglang_moelb.controller.quality import LossModel
+from sglang_moelb.types import (
+    IntArray,
+    Level,
+    Lever,
+    LeverForecast,
+    Policy,
+    Preference,
+    Rule,
+    Topology,
+)
+
+FORECAST_LEVERS = (Lever.EXPAND, Lever.DROP)
+PLAIN_AMOUNTS_M = np.array([1, 1], dtype=np.int64)
+MACS_AMOUNTS_M = np.array([AMOUNT_ONE, AMOUNT_ONE // 2], dtype=np.int64)
+TEXT, VISION = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """What a lever would have left of one pass."""
+
+    lever: Lever
+    max_rows_L: IntArray  # rows of the fullest rank
+    balance: float  # mean over layers of max/mean rank rows
+    dropped_share: float  # dropped rows as a share of all rows
+
+
+def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Projection, ...]:
+    """Projections of all levers onto one pass, in the order of FORECAST_LEVERS.
+
+    `capacity` gives the capacity knobs; its own lever does not matter. Runs on the host.
+    Source: Capacity-Aware Inference 4.1, MACS; estimates as in the module docstring are ours.
+    """
+    groups_LGM = _groups(load, topology, capacity.level)
+    capacity_LG = _capacities(groups_LGM, capacity)
+    kept_LG, kept_rows_LG = _kept(load, groups_LGM, capacity_LG, capacity)
+    dropped_LR = _by_rank(groups_LGM.sum(axis=2) - kept_rows_LG, topology)
+    dropped_share = float(dropped_LR.sum()) / max(float(load.rows_LR.sum()), 1.0)
+    left = {Lever.DROP: load.rows_LR - dropped_LR}
+    room_LG = np.maximum(capacity_LG - kept_LG, 0)
+    left[Lever.EXPAND] = left[Lever.DROP] + _filled(load, room_LG, topology, capacity)
+    return tuple(
+        Projection(
+            lever=lever,
+            max_rows_L=left[lever].max(axis=1),
+            balance=float(balance(left[lever]).mean()),
+            dropped_share=dropped_share,
+        )
+        for lever in FORECAST_LEVERS
+    )
+
+
+def forecast(
+    loads: Sequence[PassLoad],
+    projections: Sequence[tuple[Projection, ...]],
+    *,
+    cost: CostModel,
+    times: StepTimes,
+    loss: LossModel,
+    capacity: Policy,
+) -> tuple[LeverForecast, ...]:
+    """Forecasts of all levers over the window; `projections` are those of `loads`, in order.
+
+    The gain is the time saved in the experts of the slowest rank, as a share of the timed steps
+    without a lever; it is negative where expansion would add more than it spares. The lost mass
+    share is the dropped share times the mass of a dropped row. Runs on the host. Ours.
+    """
+    if not loads:
+        return ()
+    by_lever = list(zip(*projections, strict=True))
+    return tuple(_forecast_one(loads, list(ps), cost, times, loss, capacity) for ps in by_lever)
+
+
+def _forecast_one(
+    loads: Sequence[PassLoad],
+    projections: Sequence[Projection],
+    cost: CostModel,
+    times: StepTimes,
+    loss: LossModel,
+    capacity: Policy,
+) -> LeverForecast:
+    lever = projections[0].lever
+    saved_ms = sum(
+        cost.saved_ms(load.rows_LR.max(axis=1), projection.max_rows_L)
+        for load, projection, timed in zip(loads, projections, times.timed_P, strict=True)
+        if timed
+    )
+    dropped_share = float(np.mean([p.dropped_share for p in projections]))
+    return LeverForecast(
+        lever=lever,
+        balance=float(np.mean([p.balance for p in projections])),
+        gain=saved_ms / times.base_ms if times.base_ms > 0.0 else 0.0,
+        lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric),
+    )
+
+
+def _groups(load: PassLoad, topology: Topology, level: Level) -> IntArray:
+    num_groups = topology.num_ranks if level == Level.DEVICE else topology.num_experts
+    rows_LEM = load.record.rows_LEM
+    shape = (topology.num_layers, num_groups, -1, rows_LEM.shape[2])
+    rows_LGM: IntArray = rows_LEM.reshape(shape).sum(axis=2, dtype=np.int64)
+    return rows_LGM
+
+
+def _by_rank(rows_LG: IntArray, topology: Topology) -> IntArray:
+    rows_LR: IntArray = rows_LG.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
+    return rows_LR
+
+
+def _capacities(rows_LGM: IntArray, capacity: Policy) -> IntArray:
+    factor, num_groups = capacity.capacity_factor, rows_LGM.shape[1]
+    base_L = [capacity_rows(factor, int(num), num_groups) for num in rows_LGM.sum(axis=(1, 2))]
+    if capacity.rule == Rule.PLAIN:
+        return np.repeat(np.array(base_L, dtype=np.int64)[:, None], num_groups, axis=1)
+    return np.stack(
+        [
+            _macs_layer(rows_GM, base, capacity.macs_rho)
+            for rows_GM, base in zip(rows_LGM, base_L, strict=True)
+        ]
+    )
+
+
+def _macs_layer(rows_GM: IntArray, base_rows: int, rho: float) -> IntArray:
+    amount_M = (rows_GM * MACS_AMOUNTS_M).sum(axis=0)
+    classes_G = expert_classes(rows_GM[:, VISION], rows_GM.sum(axis=1))
+    base_amount = base_rows * AMOUNT_ONE
+    return macs_capacity(base_amount, int(amount_M[VISION]), int(amount_M.sum()), classes_G, rho)
+
+
+def _kept(
+    load: PassLoad, rows_LGM: IntArray, capacity_LG: IntArray, capacity: Policy
+) -> tuple[IntArray, IntArray]:
+    """Amounts and rows that each group keeps; protected tokens have their share of each group."""
+    unit_M = PLAIN_AMOUNTS_M if capacity.rule == Rule.PLAIN else MACS_AMOUNTS_M
+    num_protected = int(load.record.num_protected_tokens_R.sum())
+    amount_LGM = rows_LGM * unit_M
+    protected_LGM = amount_LGM * num_protected // load.num_tokens
+    cuttable_LGM = amount_LGM - protected_LGM
+    cuttable_LG, protected_LG = cuttable_LGM.sum(axis=2), protected_LGM.sum(axis=2)
+    kept_LG = kept_amount(cuttable_LG, protected_LG, capacity_LG)
+    cut_LG = cuttable_LG + protected_LG - kept_LG
+    vision_LG = _cut_of_vision(cut_LG, cuttable_LGM, capacity.preference)
+    text_rows_LG = -((vision_LG - cut_LG) // unit_M[TEXT])
+    vision_rows_LG = -(-vision_LG // unit_M[VISION])
+    cut_rows_LG = np.minimum(text_rows_LG + vision_rows_LG, rows_LGM.sum(axis=2))
+    return kept_LG, rows_LGM.sum(axis=2) - cut_rows_LG
+
+
+def _cut_of_vision(cut_LG: IntArray, cuttable_LGM: IntArray, preference: Preference) -> IntArray:
+    text_LG, vision_LG = cuttable_LGM[..., TEXT], cuttable_LGM[..., VISION]
+    if preference == Preference.IMAGE_FIRST:
+        of_vision_LG = np.minimum(cut_LG, vision_LG)
+    elif preference == Preference.TEXT_FIRST:
+        of_vision_LG = np.maximum(cut_LG - text_LG, 0)
+    else:
+        of_vision_LG = cut_LG * vision_LG // np.maximum(text_LG + vision_LG, 1)
+    return of_vision_LG
+
+
+def _filled(load: PassLoad, room_LG: IntArray, topology: Topology, capacity: Policy) -> IntArray:
+    """Rows that expansion adds on each rank, int64 [L, R].
+
+    Every expert with room takes rows of its own rank's tokens up to its capacity, each token at
+    most once, and the rank at most `max_extra_experts` a token (0: no limit)::
+
+        added_e = min(room_e, T_r)        device level: min(room_r, E_r * T_r)
+        added_r = min(sum_e added_e, max_extra_experts * T_r)
+
+    This assumes that local candidates abound: that few of the rank's tokens have the expert among
+    their top-k already. Under MACS an added row is taken to weigh 1.0.
+    """
+    unit = 1 if capacity.rule == Rule.PLAIN else AMOUNT_ONE
+    num_tokens_R = load.record.num_tokens_R
+    groups_per_rank = room_LG.shape[1] // topology.num_ranks
+    limit_R = num_tokens_R * (topology.experts_per_rank // groups_per_rank)
+    added_LG = np.minimum(room_LG // unit, np.repeat(limit_R, groups_per_rank))
+    added_LR = _by_rank(added_LG, topology)
+    if capacity.max_extra_experts > 0:
+        added_LR = np.minimum(added_LR, num_tokens_R * capacity.max_extra_experts)
+    return added_LR

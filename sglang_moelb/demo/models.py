@@ -1,0 +1,314 @@
+"""Tiny mixture-of-experts checkpoints with tokenizer and processor, made from a seed.
+
+Three kinds: "text" (Qwen3-MoE), "vl" (Qwen3-VL-MoE with three deepstack layers) and "deepseek"
+(DeepSeek-V2: latent attention, a dense first layer, a shared expert). They mean nothing, but behave
+as the tests and the demo need:
+
+- Greedy output is varied and printable: weights of 0.12 and embeddings of 1.0 (transformers' own
+  initialisation repeats one token), and output rows of zero for everything but printable ASCII.
+- The router is skewed. One direction of the hidden space says "image" or "text": the vision tower's
+  output biases point along it, the token embeddings against it. In each MoE layer the gate rows of
+  most experts of one half lean towards the direction, those of the other half against it, and the
+  favoured half alternates from layer to layer. So image tokens crowd on one half of the experts
+  and text tokens, less so, on the other: at EP 2 the busier rank has 1.3 to 1.8 times the mean
+  load on image prompts, and which rank it is depends on the layer and on the mix of the batch.
+
+Runs on the host and needs transformers; a few seconds a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+
+
+Kind = Literal["text", "vl", "deepseek"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+VERSION = 1  # raise it with any change of what is written
+MARKER = "moelb_model.json"
+
+HIDDEN_SIZE = 128
+EXPERT_SIZE = 128
+CONTEXT_LENGTH = 4096
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VOCAB_SIZE = 256 + 8  # the bytes, the special tokens, rounded up to a multiple of 8
+WEIGHT_STD = 0.12
+QUERY_SCALE = 3.0  # sharp attention: what comes next depends on the whole context
+ATTENTION_SHARE = 0.5  # of the residual stream: otherwise all tokens of a context grow alike
+IMAGE_LEAN = 1.0  # how far image embeddings lie along the direction, in their own spread
+TEXT_LEAN = 0.4  # how far token embeddings lie against it
+GATE_LEAN = 0.12  # how far gate rows lean, in the unit of WEIGHT_STD
+FAVOURED_SHARE = 0.75  # of the experts of the favoured half lean towards it
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' or 'image_url' in c %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """Everything that decides what is written; kept in the folder's marker."""
+
+    kind: Kind
+    seed: int
+    num_experts: int
+    num_layers: int
+    topk: int
+    dtype: str
+    version: int = VERSION
+
+
+def write_model(
+    kind: Kind,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    num_experts: int = 16,
+    num_layers: int = 4,
+    topk: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a checkpoint of `kind` into `folder` and return it; at once if it is there already.
+
+    The folder appears complete or not at all, and is replaced when any argument or the version
+    differs from what its marker says. Raises ValueError for an unknown kind or sizes that do not
+    fit: the vl kind needs at least 3 layers, `num_experts` must be even and at least `topk`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
+    if num_experts % 2 or not 1 <= topk <= num_experts:
+        raise ValueError(f"num_experts={num_experts}, topk={topk}: even, and at least topk")
+    if kind == "vl" and num_layers < 3:
+        raise ValueError(f"num_layers={num_layers}: vl has three deepstack layers, use 3 or more")
+    recipe = _Recipe(
+        kind=kind,
+        seed=seed,
+        num_experts=num_experts,
+        num_layers=num_layers,
+        topk=topk,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    folder = Path(folder)
+    marker = folder / MARKER
+    if marker.is_file() and json.loads(marker.read_text()) == asdict(recipe):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        _write(recipe, Path(scratch), dtype)
+        (Path(scratch) / MARKER).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(scratch, folder)
+        Path(scratch).mkdir()  # for the context manager to remove
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and Qwen's special tokens; with the chat template of the models."""
+    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _write(recipe: _Recipe, folder: Path, dtype: torch.dtype) -> None:
+    tokenizer = make_tokenizer()
+    model = _MAKERS[recipe.kind](recipe, tokenizer)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    _draw_weights(model, tokenizer, generator)
+    model.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if recipe.kind == "vl":
+        _transpose_fused_experts(folder)
+        _make_processor(tokenizer).save_pretrained(folder)
+
+
+def _make_text(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_qwen3_sizes(recipe, tokenizer)))
+
+
+def _make_vl(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [8, 4, 4],
+        "mrope_interleaved": True,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": HIDDEN_SIZE,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "in_channels": 3,
+    }
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLMoeConfig(
+        text_config={**_qwen3_sizes(recipe, tokenizer), "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _make_deepseek(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    config = DeepseekV2Config(
+        **_common_sizes(recipe, tokenizer),
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=recipe.num_experts,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        topk_method="greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+    )
+    return DeepseekV2ForCausalLM(config)
+
+
+_MAKERS = {"text": _make_text, "vl": _make_vl, "deepseek": _make_deepseek}
+
+
+def _common_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 256,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": recipe.topk,
+        "moe_intermediate_size": EXPERT_SIZE,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def _qwen3_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    return {
+        **_common_sizes(recipe, tokenizer),
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": recipe.num_experts,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _draw_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
+) -> None:
+    """Fill every matrix in the order of its name, then lean embeddings, gates and vision biases."""
+    direction_H = torch.randn(HIDDEN_SIZE, generator=generator).sign()
+    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ"]
+    printable = tokenizer.convert_tokens_to_ids(alphabet)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, WEIGHT_STD, generator=generator)
+            if name.endswith("embed_tokens.weight"):
+                parameter.div_(WEIGHT_STD).sub_(TEXT_LEAN * direction_H)
+            elif name.endswith("lm_head.weight"):
+                keep = torch.zeros(parameter.shape[0], 1)
+                keep[printable] = 1.0
+                parameter.mul_(keep)
+            elif name.endswith("q_norm.weight"):
+                parameter.fill_(QUERY_SCALE)
+            elif name.endswith("o_proj.weight"):
+                parameter.mul_(ATTENTION_SHARE)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.add_(_gate_lean(name, parameter.shape[0]) * direction_H)
+            elif "visual" in name and name.endswith("linear_fc2.bias") and "merger" in name:
+                parameter.copy_(IMAGE_LEAN * direction_H)
+
+
+def _gate_lean(name: str, num_experts: int) -> torch.Tensor:
+    """[E, 1]: how far each gate row of the layer called `name` leans along the direction."""
+    layer = int(name.split("layers.")[1].split(".")[0])
+    half = num_experts // 2
+    num_towards = round(FAVOURED_SHARE * half)
+    favoured = torch.full((half,), -1.0)
+    favoured[:num_towards] = 1.0
+    halves = (favoured, -favoured) if layer % 2 == 0 else (-favoured, favoured)
+    return GATE_LEAN * WEIGHT_STD * torch.cat(halves).unsqueeze(1)
+
+
+def _transpose_fused_experts(folder: Path) -> None:
+    """From [E, out, in], as a fresh model is saved, to the released checkpoints' [E, in, out]."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                tensors[name] = tensor.transpose(1, 2).contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _make_processor(tokenizer: PreTrainedTokenizerFast) -> object:
+    from transformers import Qwen2VLImageProcessorFast, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    # An image becomes 1 to 196 tokens of 32 by 32 pixels.
+    size = {"shortest_edge": 32 * 32, "longest_edge": 448 * 448}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessorFast(size=size, **patches),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**patches),
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,219 @@
+"""One MoE layer on the layer clock: observe, exchange, plan, apply. No host sync.
+
+The same code on CPU and CUDA; the kernels choose their implementation by device.
+
+Shape letters: T rows of this rank, K top-k, C columns (K and expansion candidates), E logical
+experts, R ranks, G groups, W row width, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_moelb.controller.plan import capacity_rows
+from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.macs import Cut, MacsState, reroute
+from sglang_moelb.kernels.count_experts import KeyRule, count_experts
+from sglang_moelb.kernels.cut_tokens import cut_tokens
+from sglang_moelb.kernels.plan_cuts import plan_cuts
+from sglang_moelb.kernels.row_layout import AMOUNT_ONE, NUM_COUNTS, NUM_HEADER
+from sglang_moelb.kernels.token_amounts import token_amounts
+from sglang_moelb.kernels.widen_candidates import widen_candidates
+from sglang_moelb.types import Level, Lever, Rule, Scope, Topology
+
+MAX_COLUMNS = 32  # what DeepEP's dispatch takes as top-k
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerInput:
+    """What the router of one layer says about this rank's rows."""
+
+    layer: int
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    logits_TE: torch.Tensor
+    hidden_TD: torch.Tensor
+    flags_T: torch.Tensor
+    scoring: str  # "softmax" or "sigmoid"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOutcome:
+    """Routing after the layer's plan, and what the record needs (device tensors)."""
+
+    ids_TC: torch.Tensor
+    weights_TC: torch.Tensor
+    counts_RW: torch.Tensor
+    stats_8: torch.Tensor | None
+    changed: bool
+
+
+class LayerBalancer:
+    """Runs the pipeline of a layer for the policy of the current pass."""
+
+    def __init__(self, topology: Topology, rank: int, exchange: Exchange) -> None:
+        self._topology = topology
+        self._rank = rank
+        self._exchange = exchange
+        self.macs = MacsState(topology)
+
+    def run(self, routed: LayerInput, agreed: Agreed, lever: Lever) -> LayerOutcome:
+        """Observe and exchange always; plan and apply if `lever` is one.
+
+        With `Lever.NONE` ids and weights are returned as they came, the very same tensors.
+        """
+        if lever is Lever.NONE:
+            return self._observe_only(routed)
+        policy = agreed.policy
+        topology = self._topology
+        ids_TC, weights_TC = self._candidates(routed, agreed, lever)
+        amounts_T = None
+        if policy.rule is Rule.MACS:
+            valid_T = (routed.ids_TK >= 0).any(dim=1)
+            amounts_T = token_amounts(
+                routed.hidden_TD, routed.flags_T, valid_T, delta=policy.macs_delta
+            )
+        key_rule = KeyRule(
+            metric=int(policy.metric), preference=int(policy.preference), seed=routed.layer
+        )
+        row_W, keys_TC = count_experts(
+            ids_TC,
+            weights_TC,
+            routed.flags_T,
+            amounts_T,
+            num_experts=topology.num_experts,
+            topk=topology.topk,
+            key_rule=key_rule,
+        )
+        rows_RW = self._exchange.gather(row_W)
+        by_source = policy.scope is Scope.SOURCE
+        seen_RW = rows_RW[self._rank : self._rank + 1] if by_source else rows_RW
+        capacity_G = self._capacities(seen_RW, agreed, routed.layer)
+        cut_bin_G, cut_quota_G = plan_cuts(
+            seen_RW,
+            capacity_G,
+            my_rank=0 if by_source else self._rank,
+            num_experts=topology.num_experts,
+        )
+        assert keys_TC is not None
+        kept_ids_TC, kept_weights_TC, stats_8 = cut_tokens(
+            ids_TC,
+            weights_TC,
+            keys_TC,
+            routed.flags_T,
+            amounts_T,
+            cut_bin_G,
+            cut_quota_G,
+            num_experts=topology.num_experts,
+            topk=topology.topk,
+        )
+        if amounts_T is not None:
+            self.macs.learn(routed.layer, rows_RW)
+        if amounts_T is not None and lever is Lever.DROP:
+            cut = Cut(
+                ids_TK=ids_TC,
+                weights_TK=weights_TC,
+                kept_ids_TK=kept_ids_TC,
+                kept_weights_TK=kept_weights_TC,
+                stats_8=stats_8,
+                scores_TE=_scores(routed),
+                flags_T=routed.flags_T,
+                amounts_T=amounts_T,
+                rows_RW=seen_RW,
+                capacity_G=capacity_G,
+            )
+            kept_ids_TC, kept_weights_TC, stats_8 = reroute(cut, topology, self._rank, key_rule)
+        if policy.renormalise:
+            kept_weights_TC = _renormalised(kept_weights_TC, routed.weights_TK)
+        return LayerOutcome(
+            ids_TC=kept_ids_TC,
+            weights_TC=kept_weights_TC,
+            counts_RW=rows_RW[:, : NUM_HEADER + NUM_COUNTS * topology.num_experts],
+            stats_8=stats_8,
+            changed=True,
+        )
+
+    def _observe_only(self, routed: LayerInput) -> LayerOutcome:
+        row_W, _ = count_experts(
+            routed.ids_TK,
+            routed.weights_TK,
+            routed.flags_T,
+            None,
+            num_experts=self._topology.num_experts,
+            topk=self._topology.topk,
+            key_rule=None,
+        )
+        return LayerOutcome(
+            ids_TC=routed.ids_TK,
+            weights_TC=routed.weights_TK,
+            counts_RW=self._exchange.gather(row_W),
+            stats_8=None,
+            changed=False,
+        )
+
+    def _candidates(
+        self, routed: LayerInput, agreed: Agreed, lever: Lever
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if lever is not Lever.EXPAND or routed.ids_TK.shape[0] == 0:
+            return routed.ids_TK, routed.weights_TK
+        num_local = self._topology.experts_per_rank
+        num_extra = min(num_local, MAX_COLUMNS - self._topology.topk)
+        if agreed.policy.max_extra_experts:
+            num_extra = min(num_extra, agreed.policy.max_extra_experts)
+        return widen_candidates(
+            routed.ids_TK,
+            routed.weights_TK,
+            _scores(routed),
+            routed.flags_T,
+            first_local=self._rank * num_local,
+            num_local=num_local,
+            num_extra=num_extra,
+        )
+
+    def _capacities(self, seen_RW: torch.Tensor, agreed: Agreed, layer: int) -> torch.Tensor:
+        policy = agreed.policy
+        capacity = group_capacity(self._topology, agreed, self._rank)
+        if policy.rule is Rule.MACS:
+            return self.macs.capacities(layer, seen_RW, capacity, policy.macs_rho, policy.level)
+        num_groups = num_groups_of(self._topology, policy.level)
+        return torch.full((num_groups,), capacity, dtype=torch.int64, device=seen_RW.device)
+
+
+def num_groups_of(topology: Topology, level: Level) -> int:
+    """How many capacities a layer has: one an expert, or one a rank."""
+    return topology.num_experts if level is Level.EXPERT else topology.num_ranks
+
+
+def group_capacity(topology: Topology, agreed: Agreed, rank: int) -> int:
+    """Capacity of every group in amounts, from host integers only; equal on ranks in one scope.
+
+    Capacity-Aware Inference, Algorithm 1: floor(factor * tokens * k / groups), at least 1 row.
+    """
+    policy = agreed.policy
+    num_tokens = (
+        agreed.sizes_R[rank].num_tokens if policy.scope is Scope.SOURCE else agreed.num_tokens
+    )
+    rows = capacity_rows(
+        policy.capacity_factor,
+        num_tokens * topology.topk,
+        num_groups_of(topology, policy.level),
+    )
+    return rows * AMOUNT_ONE if policy.rule is Rule.MACS else rows
+
+
+def _scores(routed: LayerInput) -> torch.Tensor:
+    """The router's scores of all experts, `[T, E]` float32; an empty rank has no logits."""
+    if routed.ids_TK.shape[0] == 0:
+        num_experts = routed.logits_TE.shape[1]
+        return routed.weights_TK.new_empty(0, num_experts)
+    logits_TE = routed.logits_TE.float()
+    return logits_TE.sigmoid() if routed.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def _renormalised(weights_TC: torch.Tensor, before_TK: torch.Tensor) -> torch.Tensor:
+    """Scale each token's weights to the sum they had before the cut; empty tokens stay empty."""
+    after_T = weights_TC.sum(dim=1, keepdim=True)
+    scale_T = torch.where(after_T > 0, before_TK.sum(dim=1, keepdim=True) / after_T, 0.0)
+    return weights_TC * scale_T

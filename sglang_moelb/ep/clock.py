@@ -1,0 +1,48 @@
+"""Times of the parts of a pass without a host sync: events on CUDA, the host clock on CPU."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point in time that may not have been reached yet."""
+
+    def ms_until(self, later: Mark) -> float:
+        """Milliseconds from this mark to `later`; both must have been reached."""
+        ...
+
+
+class HostMark:
+    """A point on the host clock."""
+
+    def __init__(self) -> None:
+        self.s = time.perf_counter()
+
+    def ms_until(self, later: HostMark) -> float:
+        """Milliseconds between two host marks."""
+        return (later.s - self.s) * 1e3
+
+
+class DeviceMark:
+    """A point on the current CUDA stream; readable once the stream has passed it."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def ms_until(self, later: DeviceMark) -> float:
+        """Milliseconds between two device marks; the host must have waited for the later one."""
+        return self.event.elapsed_time(later.event)
+
+    def wait(self) -> None:
+        """Block this thread, with the interpreter lock released, until the mark is reached."""
+        self.event.synchronize()
+
+
+def mark_on(device: torch.device) -> HostMark | DeviceMark:
+    """Mark now on the clock of `device`."""
+    return DeviceMark() if device.type == "cuda" else HostMark()

@@ -1,0 +1,102 @@
+"""The two collectives of the control path, both on the EP group and both on every rank always.
+
+`Agreement` runs once a pass on the host and carries the leader's policy and each rank's sizes, so
+every rank acts on one policy for the whole pass. `Exchange` runs once a MoE layer on the device.
+Neither depends on a mode; a width may, because the policy is agreed first.
+
+Shape letters: R ranks, W row width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sglang_moelb.controller.encode import NUM_WORDS, decode, encode
+from sglang_moelb.types import Policy
+
+LEADER = 0
+PHASES = ("idle", "decode", "prefill")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What one rank brings to a pass: real tokens (no padding), those of prefill, and the phase."""
+
+    num_tokens: int
+    num_prefill_tokens: int
+    num_protected_tokens: int
+    phase: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreed:
+    """What all ranks hold after the agreement of a pass, in rank order."""
+
+    policy: Policy
+    sizes_R: tuple[Sizes, ...]
+
+    @property
+    def phase(self) -> str:
+        """Prefill if any rank prefills, else decode if any decodes, else idle."""
+        return max((s.phase for s in self.sizes_R), key=PHASES.index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens over all ranks."""
+        return sum(s.num_tokens for s in self.sizes_R)
+
+
+class Agreement:
+    """Host all-gather of the leader's policy and every rank's sizes, once a pass."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._num_ranks = dist.get_world_size(group)
+        self._last_words: tuple[int, ...] = ()
+        self._last_policy = Policy(epoch=0)
+
+    def agree(self, policy: Policy, sizes: Sizes) -> Agreed:
+        """Exchange `sizes`, adopt the leader's policy; `policy` matters on the leader only."""
+        words = encode(policy) if self._rank == LEADER else (0,) * NUM_WORDS
+        mine = torch.tensor(
+            [
+                *words,
+                sizes.num_tokens,
+                sizes.num_prefill_tokens,
+                sizes.num_protected_tokens,
+                PHASES.index(sizes.phase),
+            ],
+            dtype=torch.int64,
+        )
+        gathered = torch.empty(self._num_ranks, mine.numel(), dtype=torch.int64)
+        dist.all_gather_into_tensor(gathered, mine, group=self._group)
+        rows = gathered.tolist()
+        agreed_words = tuple(rows[LEADER][:NUM_WORDS])
+        if self._rank == LEADER:
+            self._last_policy = policy
+        elif agreed_words != self._last_words:
+            self._last_policy = decode(agreed_words, reason="agreed with the leader")
+        self._last_words = agreed_words
+        sizes_R = tuple(
+            Sizes(num_tokens=n, num_prefill_tokens=p, num_protected_tokens=q, phase=PHASES[f])
+            for n, p, q, f in (row[NUM_WORDS:] for row in rows)
+        )
+        return Agreed(policy=self._last_policy, sizes_R=sizes_R)
+
+
+class Exchange:
+    """Device all-gather of every rank's row of counts, once a MoE layer."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._num_ranks = dist.get_world_size(group)
+
+    def gather(self, row_W: torch.Tensor) -> torch.Tensor:
+        """All rows in rank order, `[R, W]` int32, on the device of `row_W`."""
+        rows_RW = row_W.new_empty(self._num_ranks, row_W.numel())
+        dist.all_gather_into_tensor(rows_RW, row_W, group=self._group)
+        return rows_RW

@@ -1,0 +1,100 @@
+"""The `--moelb-*` flags of SGLang's server: declared on its parser, read into one `Config`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from sglang_moelb import config as configuration
+from sglang_moelb.config import Config, ConfigError
+from sglang_moelb.types import MODES
+
+SHORTCUTS: dict[str, tuple[str, type, str]] = {
+    "moelb_capacity_factor": (
+        "capacity.factor",
+        float,
+        "capacity of a rank or expert for drop and expand, as a multiple of the mean load",
+    ),
+    "moelb_capacity_level": ("capacity.level", str, "what a capacity holds for: expert or device"),
+    "moelb_min_batch_tokens": (
+        "capacity.min_batch_tokens",
+        int,
+        "passes with fewer tokens over all ranks are left alone",
+    ),
+    "moelb_quality_budget": (
+        "controller.quality_budget",
+        float,
+        "share of routed gate mass that lossy levers may lose over the quality window",
+    ),
+    "moelb_min_gain": (
+        "controller.min_gain",
+        float,
+        "predicted share of step time below which mode auto does nothing",
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags. Their default is None: not given, so the plugin stays out."""
+    group = parser.add_argument_group(
+        "sglang_moelb", "MoE load balancing. Without one of these flags the plugin does nothing."
+    )
+    group.add_argument(
+        "--moelb-mode",
+        choices=MODES,
+        default=None,
+        help="none: ready, but leave routing alone (default once any flag is given); observe: "
+        "measure and say what auto would do; expand, drop: always that lever; auto: the "
+        "controller chooses for each pass; downgrade, replicate: not available yet.",
+    )
+    group.add_argument(
+        "--moelb-config",
+        metavar="FILE|JSON",
+        default=None,
+        help="JSON file, or JSON text that starts with '{', with any of the knobs "
+        f"{', '.join(configuration.knobs())}. The other --moelb flags are laid over it.",
+    )
+    defaults = configuration.flat(Config())
+    for name, (knob, kind, meaning) in SHORTCUTS.items():
+        flag = "--" + name.replace("_", "-")
+        text = f"{meaning} (knob {knob}, default {defaults[knob]})".replace("%", "%%")
+        group.add_argument(flag, type=kind, default=None, help=text)
+
+
+def config_of(args: argparse.Namespace) -> Config | None:
+    """The configuration that the flags ask for, or None if none was given.
+
+    Raises `ConfigError` on a wrong value.
+    """
+    given = {k: v for k, v in vars(args).items() if k.startswith("moelb_") and v is not None}
+    if not given:
+        return None
+    tree = configuration.load(given["moelb_config"]) if "moelb_config" in given else {}
+    config = configuration.merge(Config(), tree, check_mode="moelb_mode" not in given)
+    changes: dict[str, Any] = {}
+    if "moelb_mode" in given:
+        changes["mode"] = given["moelb_mode"]
+    for name, (knob, _, _) in SHORTCUTS.items():
+        if name in given:
+            section, key = knob.split(".")
+            changes.setdefault(section, {})[key] = given[name]
+    return configuration.merge(config, changes)
+
+
+def take_arguments(args: argparse.Namespace) -> None:
+    """Read the flags, hand them to the processes to come and install the remaining seams.
+
+    Ends the process with one clear line when a flag is wrong.
+    """
+    try:
+        config = config_of(args)
+    except ConfigError as error:
+        sys.exit(f"sglang_moelb: {error}")
+    if config is None:
+        return
+    from sglang_moelb.ep import install
+
+    install.refuse_unsupported_flags(args)
+    configuration.to_environment(config)
+    install.install_in_main()

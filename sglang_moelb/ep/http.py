@@ -1,0 +1,86 @@
+"""`GET /moelb/status` and `POST /moelb/config` on SGLang's own HTTP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang_moelb import config as configuration
+from sglang_moelb.config import Config, ConfigError
+from sglang_moelb.ep.runtime import KNOB_PREFIX
+
+NO_CONTROLLER = "no rank answers with a controller; see the server's log"
+
+
+class Routes:
+    """The handlers; `tokenizer_manager` is SGLang's way to all schedulers."""
+
+    def __init__(self, tokenizer_manager: Any, config: Config) -> None:
+        self._manager = tokenizer_manager
+        self._config = config
+
+    async def status(self) -> dict[str, Any]:
+        """The leader's status, with the ranks that answered."""
+        states = [s["moelb"] for s in await self._manager.get_internal_state() if "moelb" in s]
+        leaders = [s for s in states if s["controller"]["state"] != "off"]
+        if not leaders:
+            return {"active": False, "reason": NO_CONTROLLER}
+        return {**leaders[0], "ranks_answering": len(states)}
+
+    async def change(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Apply a partial configuration; HTTP status and answer. A bad value changes nothing."""
+        try:
+            changes = msgspec.json.decode(body)
+        except msgspec.DecodeError as error:
+            return 400, {"error": f"the body is not JSON: {error}"}
+        if not isinstance(changes, dict):
+            return 400, {"error": "the body must be a JSON object such as {\"mode\": \"none\"}"}
+        if changes.pop("kill", False):
+            changes["mode"] = "none"
+        try:
+            wanted = configuration.merge(self._config, changes)
+        except ConfigError as error:
+            return 400, {"error": str(error)}
+        refused = await self._send(wanted)
+        if refused:
+            return 503, {"error": refused}
+        self._config = wanted
+        return 200, {"config": msgspec.to_builtins(wanted)}
+
+    async def _send(self, config: Config) -> str:
+        from sglang.srt.managers.io_struct import SetInternalStateReq
+
+        numbers = {KNOB_PREFIX + k: v for k, v in configuration.to_numbers(config).items()}
+        updated = await self._manager.set_internal_state(SetInternalStateReq(server_args=numbers))
+        if not all(updated):
+            return "not every rank took the change; see the server's log"
+        state = (await self.status()).get("controller", {}).get("state", "gone")
+        if state == "dead":
+            return (
+                "the controller thread is dead and the server serves in mode none; restart the "
+                "server to use a lever again"
+            )
+        return ""
+
+
+def add_routes(app: Any, tokenizer_manager: Any, config: Config) -> None:
+    """Mount the routes; `POST` needs SGLang's admin key where one is set."""
+    from fastapi import Request
+    from fastapi.responses import JSONResponse
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
+    routes = Routes(tokenizer_manager, config)
+
+    async def get_status() -> JSONResponse:
+        return JSONResponse(await routes.status())
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def post_config(request: Request) -> JSONResponse:
+        code, answer = await routes.change(await request.body())
+        return JSONResponse(answer, status_code=code)
+
+    # FastAPI reads annotations by name in this module's globals, where Request is not imported.
+    post_config.__annotations__ = {"request": Request, "return": None}
+    app.add_api_route("/moelb/status", get_status, methods=["GET"], response_model=None)
+    app.add_api_route("/moelb/config", post_config, methods=["POST"], response_model=None)

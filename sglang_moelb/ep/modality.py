@@ -1,0 +1,107 @@
+"""Which tokens are vision and which must not be touched, row by row as a MoE layer sees them.
+
+SGLang replaces multimodal tokens by ids of 1,000,000 and more and clamps them inside the model's
+forward, so the mask is taken before. Decode rows and the rows of requests that refuse lossy levers
+are protected.
+
+Shape letters: T rows of this rank's batch (padded), t rows that a MoE layer sees on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
+
+FIRST_MULTIMODAL_ID = 1_000_000
+REFUSAL = "moelb_lossy"  # custom_params={"moelb_lossy": false} refuses lossy levers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requests:
+    """Runs of tokens in batch order: how many, and whether they are protected."""
+
+    runs: tuple[tuple[int, bool], ...]
+    phase: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the batch."""
+        return sum(n for n, _ in self.runs)
+
+    @property
+    def num_protected(self) -> int:
+        """Tokens that no lossy lever may touch."""
+        return sum(n for n, protected in self.runs if protected)
+
+
+def token_flags(input_ids_T: torch.Tensor, requests: Requests) -> torch.Tensor:
+    """uint8 `[T]` of FLAG_VISION and FLAG_PROTECTED; on the device of `input_ids_T`, no sync."""
+    flags_T = (input_ids_T >= FIRST_MULTIMODAL_ID).to(torch.uint8) * FLAG_VISION
+    if requests.num_protected == requests.num_tokens:
+        return flags_T | FLAG_PROTECTED
+    if requests.num_protected:
+        host_T = torch.zeros(input_ids_T.shape[0], dtype=torch.uint8)
+        start = 0
+        for num_tokens, protected in requests.runs:
+            if protected:
+                host_T[start : start + num_tokens] = FLAG_PROTECTED
+            start += num_tokens
+        if input_ids_T.is_cuda:
+            host_T = host_T.pin_memory()
+        flags_T |= host_T.to(input_ids_T.device, non_blocking=True)
+    return flags_T
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowWindow:
+    """Which rows of the batch a MoE layer sees on this rank: all, or one attention-TP share."""
+
+    attn_tp_size: int
+    attn_tp_rank: int
+
+    def of(self, flags_T: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The flags of the `num_rows` rows of a MoE layer.
+
+        Raises `RuntimeError` when the rows are neither the whole batch nor this rank's share of it.
+        """
+        num_tokens = flags_T.shape[0]
+        if num_rows == num_tokens:
+            return flags_T
+        start, stop = self.bounds(num_tokens)
+        if num_rows != stop - start:
+            raise RuntimeError(
+                f"sglang_moelb: a MoE layer has {num_rows} rows on this rank; expected all "
+                f"{num_tokens} of the batch, or share {self.attn_tp_rank} of {self.attn_tp_size} "
+                f"({stop - start}). This layout of rows is not supported."
+            )
+        return flags_T[start:stop]
+
+    def bounds(self, num_tokens: int) -> tuple[int, int]:
+        """First and one-past-last row of this rank's share, as `torch.tensor_split` deals them."""
+        base, extra = divmod(num_tokens, self.attn_tp_size)
+        start = self.attn_tp_rank * base + min(self.attn_tp_rank, extra)
+        return start, start + base + (1 if self.attn_tp_rank < extra else 0)
+
+
+def requests_of(batch: object, num_tokens_of_request: list[int]) -> Requests:
+    """The runs of an SGLang `ScheduleBatch`; decode and idle batches are protected as a whole."""
+    mode = batch.forward_mode  # type: ignore[attr-defined]
+    if mode.is_idle():
+        return Requests(runs=(), phase="idle")
+    if mode.is_decode():
+        return Requests(runs=((sum(num_tokens_of_request), True),), phase="decode")
+    decoding = {id(request) for request in (batch.decoding_reqs or ())}  # type: ignore[attr-defined]
+    requests = batch.reqs  # type: ignore[attr-defined]
+    runs = tuple(
+        (num, id(request) in decoding or refuses(request.sampling_params.custom_params))
+        for request, num in zip(requests, num_tokens_of_request, strict=True)
+    )
+    return Requests(runs=runs, phase="prefill")
+
+
+def refuses(custom_params: object) -> bool:
+    """Whether a request's `custom_params` refuse lossy levers."""
+    return isinstance(custom_params, dict) and custom_params.get(REFUSAL) is False

@@ -1,0 +1,168 @@
+"""From the layers of a pass to one `StepRecord`, and from records to what the status shows.
+
+`PassLog` is filled on the hot path with device tensors and marks only. On CUDA its tensors are
+copied to pinned memory once, at the end of the pass; `build` runs in the controller thread.
+
+Shape letters: L MoE layers, E logical experts, R ranks, M modalities, W counts row width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sglang_moelb.controller.plan import kept_amount
+from sglang_moelb.ep.balance import LayerOutcome, group_capacity, num_groups_of
+from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
+from sglang_moelb.ep.exchange import Agreed
+from sglang_moelb.kernels.row_layout import (
+    C_CUTTABLE_AMOUNT,
+    C_PROTECTED_AMOUNT,
+    C_TEXT_ROWS,
+    C_VISION_ROWS,
+    H_PROTECTED_TOKENS,
+    H_TOKENS,
+    H_VISION_TOKENS,
+    MASS_ONE,
+    NUM_COUNTS,
+    NUM_HEADER,
+)
+from sglang_moelb.types import IntArray, Lever, Rule, Scope, StepRecord, Topology
+
+AnyMark = HostMark | DeviceMark
+PARTS = ("dispatch", "balanced", "experts", "combine", "combined")
+
+
+@dataclass(slots=True)
+class LayerLog:
+    """One layer: its outcome and the marks of its parts, in the order of `PARTS`."""
+
+    layer: int
+    outcome: LayerOutcome
+    marks: dict[str, AnyMark] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PassLog:
+    """One pass on the hot path."""
+
+    step: int
+    agreed: Agreed
+    lever: Lever
+    gate_reason: str
+    begun: AnyMark
+    layers: list[LayerLog] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostCopy:
+    """A closed pass, its tensors on the host or on their way."""
+
+    log: PassLog
+    counts_LRW: torch.Tensor
+    stats_L8: torch.Tensor
+    ended: AnyMark
+
+
+def close(log: PassLog, device: torch.device) -> HostCopy:
+    """End the pass; one asynchronous copy to the host on CUDA, none on CPU."""
+    counts_LRW = torch.stack([layer.outcome.counts_RW for layer in log.layers])
+    none_8 = torch.zeros(8, dtype=torch.int64, device=device)
+    stats_L8 = torch.stack(
+        [none_8 if o.stats_8 is None else o.stats_8 for o in (y.outcome for y in log.layers)]
+    )
+    if device.type == "cuda":
+        counts_LRW = _to_pinned(counts_LRW)
+        stats_L8 = _to_pinned(stats_L8)
+    for layer in log.layers:
+        layer.outcome = None  # type: ignore[assignment]  # lets go of the layer's device tensors
+    return HostCopy(log=log, counts_LRW=counts_LRW, stats_L8=stats_L8, ended=mark_on(device))
+
+
+def build(copy: HostCopy, topology: Topology, rank: int) -> StepRecord:
+    """The record of a closed pass; waits for the device, so never on the hot path."""
+    if isinstance(copy.ended, DeviceMark):
+        copy.ended.wait()
+    log = copy.log
+    counts_LRW = copy.counts_LRW.numpy().astype(np.int64)
+    counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
+        len(log.layers), topology.num_ranks, topology.num_experts, NUM_COUNTS
+    )
+    stats_8 = copy.stats_L8.sum(dim=0).tolist()
+    header_RW = counts_LRW[0, :, :NUM_HEADER]
+    rows_LEM = counts_LREC[..., [C_TEXT_ROWS, C_VISION_ROWS]].sum(axis=1)
+    return StepRecord(
+        step=log.step,
+        policy=log.agreed.policy,
+        phase=log.agreed.phase,  # type: ignore[arg-type]
+        gate_reason=log.gate_reason,
+        rank=rank,
+        num_tokens_R=header_RW[:, H_TOKENS],
+        num_vision_tokens_R=header_RW[:, H_VISION_TOKENS],
+        num_protected_tokens_R=header_RW[:, H_PROTECTED_TOKENS],
+        rows_LEM=rows_LEM,
+        rows_after_LR=_rows_after(counts_LREC, rows_LEM, log, topology),
+        routed_mass=stats_8[0] / MASS_ONE,
+        lost_mass=stats_8[1] / MASS_ONE,
+        moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
+        num_dropped_rows=stats_8[3],
+        num_added_rows=stats_8[4] + stats_8[7],
+        experts_ms_L=_spans(log, "experts", "combine"),
+        layer_ms_L=_spans(log, "dispatch", "combined"),
+        balance_ms_L=_spans(log, "dispatch", "balanced"),
+        step_ms=log.begun.ms_until(copy.ended),  # type: ignore[arg-type]
+    )
+
+
+def rank_rows(rows_LE: IntArray, num_ranks: int) -> IntArray:
+    """Rows on each rank, `[L, R]`, from rows on each logical expert."""
+    rows_LR: IntArray = rows_LE.reshape(rows_LE.shape[0], num_ranks, -1).sum(axis=2)
+    return rows_LR
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def _spans(log: PassLog, first: str, last: str) -> np.ndarray:
+    spans = [
+        y.marks[first].ms_until(y.marks[last])  # type: ignore[arg-type]
+        if first in y.marks and last in y.marks
+        else 0.0
+        for y in log.layers
+    ]
+    return np.array(spans)
+
+
+def _rows_after(
+    counts_LREC: IntArray, rows_LEM: IntArray, log: PassLog, topology: Topology
+) -> IntArray:
+    """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
+    rows_LR = rank_rows(rows_LEM.sum(axis=2), topology.num_ranks)
+    if log.lever is Lever.NONE:
+        return rows_LR
+    policy = log.agreed.policy
+    num_groups = num_groups_of(topology, policy.level)
+    by_source = policy.scope is Scope.SOURCE
+    grouped = counts_LREC if by_source else counts_LREC.sum(axis=1, keepdims=True)
+    sources = range(topology.num_ranks) if by_source else [0]
+    kept_LG = np.zeros((len(log.layers), num_groups), dtype=np.int64)
+    for source in sources:
+        counts_LGC = grouped[:, source].reshape(len(log.layers), num_groups, -1, NUM_COUNTS)
+        counts_LGC = counts_LGC.sum(axis=2)
+        capacity = group_capacity(topology, log.agreed, source)
+        kept_LG += kept_amount(
+            counts_LGC[..., C_CUTTABLE_AMOUNT],
+            counts_LGC[..., C_PROTECTED_AMOUNT],
+            np.full(num_groups, capacity),
+        )
+    kept_LR = rank_rows(kept_LG, topology.num_ranks)
+    if policy.rule is Rule.PLAIN:
+        return kept_LR
+    amounts_E = counts_LREC[..., [C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT]].sum(axis=(1, 4))
+    amounts_LR = rank_rows(amounts_E, topology.num_ranks)
+    estimate_LR: IntArray = (rows_LR * kept_LR) // np.maximum(amounts_LR, 1)
+    return estimate_LR

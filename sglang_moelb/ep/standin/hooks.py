@@ -1,0 +1,222 @@
+"""The SGLang plugin `moelb_standin`: lifts what keeps the DeepEP path from running without a GPU.
+
+`register` is its entry point. It runs in every process of a server and does nothing unless
+`sglang_moelb.config.standin_requested()`. SGLang's plugin loader logs and swallows every exception
+but `SystemExit`, therefore each touched symbol is resolved and compared with `SYMBOLS` before
+anything is installed, and a mismatch ends the process with what was expected and found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_moelb.config import standin_requested
+
+SITE = Path(__file__).resolve().parent / "site"
+SHADOWED = ("deep_ep", "sgl_kernel")
+
+_MOE = "sglang.srt.layers.moe"
+_DISPATCHER = f"{_MOE}.token_dispatcher.deepep"
+GET_BUFFER = f"{_DISPATCHER}.DeepEPBuffer.get_deepep_buffer"
+APPLY = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.apply"
+FORWARD_NATIVE = f"{_MOE}.fused_moe_native.moe_forward_native"
+DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
+ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Symbol:
+    """A touched name of SGLang, its parameters (None: not called), and why it is touched."""
+
+    path: str
+    parameters: tuple[str, ...] | None
+    why: str
+
+
+SYMBOLS = (
+    Symbol(
+        path=GET_BUFFER,
+        parameters=(
+            "group",
+            "hidden_size",
+            "param_bytes",
+            "deepep_mode",
+            "num_max_dispatch_tokens_per_rank",
+            "num_experts",
+        ),
+        why="asks a CUDA device for its number of SMs",
+    ),
+    Symbol(
+        path=f"{_DISPATCHER}.DeepEPNormalDispatchOutput",
+        parameters=(
+            "hidden_states",
+            "hidden_states_scale",
+            "topk_ids",
+            "topk_weights",
+            "num_recv_tokens_per_expert",
+        ),
+        why="read by the reference experts",
+    ),
+    Symbol(
+        path=f"{_DISPATCHER}.DeepEPNormalCombineInput",
+        parameters=("hidden_states", "topk_ids", "topk_weights"),
+        why="made by the reference experts",
+    ),
+    Symbol(
+        path=f"{DEEP_GEMM}.ENABLE_JIT_DEEPGEMM",
+        parameters=None,
+        why="the dispatcher and DeepEPMoE demand it",
+    ),
+    Symbol(
+        path=f"{DEEP_GEMM}.update_deep_gemm_config",
+        parameters=("gpu_id",),
+        why="calls into DeepGEMM, which is not there",
+    ),
+    Symbol(
+        path=f"{_MOE}.moe_runner.runner.register_moe_runner_core",
+        parameters=("backend_name", "factory"),
+        why="the extension point for the reference experts",
+    ),
+    Symbol(
+        path=f"{_MOE}.moe_runner.base.DispatchMoeRunnerCore.run_from_dispatch",
+        parameters=("self", "dispatch_output", "quant_info", "runner_config", "hooks"),
+        why="implemented by the reference experts",
+    ),
+    Symbol(
+        path=APPLY,
+        parameters=("self", "layer", "dispatch_output"),
+        why="on a CPU it takes the standard dispatch format only",
+    ),
+    Symbol(
+        path=f"{APPLY.rpartition('.')[0]}.forward_cuda",
+        parameters=("self", "layer", "dispatch_output"),
+        why="calls the runner with a DeepEP dispatch output",
+    ),
+    Symbol(
+        path=FORWARD_NATIVE,
+        parameters=("layer", "x", "topk_output", "moe_runner_config"),
+        why="fails on the id -1 of experts of other ranks (a2a none)",
+    ),
+    Symbol(path=ATTENTION, parameters=None, why="lacks get_cpu_graph_seq_len_fill_value"),
+    Symbol(
+        path="sglang.srt.plugins.hook_registry.HookRegistry.register",
+        parameters=("target", "hook", "hook_type", "source"),
+        why="installs the hooks",
+    ),
+)
+
+
+def register() -> None:
+    """Entry point: install the stand-in's hooks, or leave the process untouched, or end it."""
+    if not standin_requested():
+        return
+    problems = [*find_shadow_problems(), *find_symbol_problems(SYMBOLS)]
+    if problems:
+        raise SystemExit("moelb stand-in cannot be installed:\n  " + "\n  ".join(problems))
+    _install()
+
+
+def find_shadow_problems() -> list[str]:
+    """One line for each module of `site/` that Python would import from elsewhere."""
+    problems = []
+    for name in SHADOWED:
+        spec = importlib.util.find_spec(name)
+        found = spec.origin if spec is not None else None
+        if found is None or SITE not in Path(found).resolve().parents:
+            problems.append(f"module {name}: expected in {SITE}, found {found}; put it first on "
+                            "PYTHONPATH, or start with python -m sglang_moelb.ep.standin.launch")
+    return problems
+
+
+def find_symbol_problems(symbols: tuple[Symbol, ...]) -> list[str]:
+    """One line, with expected and found, for each symbol that is missing or has changed."""
+    problems = []
+    for symbol in symbols:
+        expected = "exists" if symbol.parameters is None else f"({', '.join(symbol.parameters)})"
+        try:
+            target = pkgutil.resolve_name(symbol.path)
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{symbol.path} [{symbol.why}]: expected {expected}, found {error!r}")
+            continue
+        if symbol.parameters is None:
+            continue
+        found = tuple(inspect.signature(target).parameters)
+        if found != symbol.parameters:
+            problems.append(
+                f"{symbol.path} [{symbol.why}]: expected {expected}, found ({', '.join(found)})"
+            )
+    return problems
+
+
+def _install() -> None:
+    from sglang.srt.layers import deep_gemm_wrapper
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.moe.moe_runner.runner import register_moe_runner_core
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_moelb.ep.standin.runner_core import ReferenceRunnerCore, moe_forward_native
+
+    deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
+    deep_gemm_wrapper.update_deep_gemm_config = _update_deep_gemm_config
+    if not hasattr(TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"):
+        TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = _seq_len_fill_value
+    if not hasattr(torch.cpu, "empty_cache"):
+        torch.cpu.empty_cache = _empty_cache
+    if not hasattr(torch.cpu, "is_current_stream_capturing"):
+        torch.cpu.is_current_stream_capturing = _is_current_stream_capturing
+    register_moe_runner_core("deep_gemm", ReferenceRunnerCore)
+    HookRegistry.register(GET_BUFFER, _get_deepep_buffer, HookType.AROUND)
+    HookRegistry.register(APPLY, _apply, HookType.AROUND)
+    HookRegistry.register(FORWARD_NATIVE, moe_forward_native, HookType.REPLACE)
+
+
+def _get_deepep_buffer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _device_with_sms():
+        return original(*args, **kwargs)
+
+
+@contextmanager
+def _device_with_sms() -> Iterator[None]:
+    """While open, the CUDA device that is not there has twice the SMs that DeepEP uses."""
+    original = torch.cuda.get_device_properties
+    properties = SimpleNamespace(multi_processor_count=40)
+    torch.cuda.get_device_properties = lambda device=None: properties
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_properties = original
+
+
+def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any) -> Any:
+    """`forward_cuda` hands a DeepEP dispatch output to the runner; nothing in it is CUDA."""
+    if dispatch_output.format.is_deepep_normal():
+        return method.forward_cuda(layer, dispatch_output)
+    return original(method, layer, dispatch_output)
+
+
+def _update_deep_gemm_config(gpu_id: int) -> None:
+    """There is no DeepGEMM to configure."""
+
+
+def _seq_len_fill_value(backend: Any) -> int:
+    """Length of a padding request: one token, as the other backends have it."""
+    return 1
+
+
+def _empty_cache() -> None:
+    """The host has no caching allocator to empty."""
+
+
+def _is_current_stream_capturing() -> bool:
+    """The host captures no graph."""
+    return False

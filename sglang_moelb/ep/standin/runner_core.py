@@ -1,0 +1,92 @@
+"""SGLang's runner core "deep_gemm" and its torch-native expert function, on the reference experts.
+
+Imports SGLang: load it only in a process in which the stand-in was asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.moe.moe_runner.base import (
+    DispatchMoeRunnerCore,
+    MoeQuantInfo,
+    MoeRunnerConfig,
+)
+from sglang.srt.layers.moe.token_dispatcher.base import CombineInput, DispatchOutput
+from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+from sglang_moelb.ep.standin.experts import ACTIVATIONS, run_experts
+
+
+class ReferenceRunnerCore(DispatchMoeRunnerCore):
+    """Runs the experts of a DeepEP normal dispatch on the host, unquantised weights only."""
+
+    def __init__(self, config: MoeRunnerConfig) -> None:
+        super().__init__(config)
+        check_supported(config)
+
+    @property
+    def runner_backend(self) -> MoeRunnerBackend:
+        """The backend that this core takes over."""
+        return MoeRunnerBackend.DEEP_GEMM
+
+    def run_from_dispatch(
+        self,
+        dispatch_output: DispatchOutput,
+        quant_info: MoeQuantInfo,
+        runner_config: MoeRunnerConfig,
+        hooks: object = None,
+    ) -> CombineInput:
+        """From the rows of `dispatch` to the rows for `combine`, same order and dtype."""
+        if not dispatch_output.format.is_deepep_normal() or quant_info.use_fp8:
+            raise NotImplementedError(
+                f"stand-in: format {dispatch_output.format.value}, use_fp8={quant_info.use_fp8}: "
+                "only --deepep-mode normal with unquantised dispatch runs on CPU"
+            )
+        hidden_states = run_experts(
+            dispatch_output.hidden_states,
+            dispatch_output.topk_ids,
+            dispatch_output.topk_weights,
+            quant_info.w13_weight,
+            quant_info.w2_weight,
+            runner_config.activation,
+        )
+        return DeepEPNormalCombineInput(
+            hidden_states, dispatch_output.topk_ids, dispatch_output.topk_weights
+        )
+
+
+def moe_forward_native(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    topk_output: StandardTopKOutput,
+    moe_runner_config: MoeRunnerConfig,
+) -> torch.Tensor:
+    """SGLang's function of the same name, with -1 as "not on this rank" as EP needs it."""
+    check_supported(moe_runner_config)
+    if getattr(layer, "w13_weight_bias", None) is not None:
+        raise NotImplementedError("stand-in: experts with a bias do not run on CPU")
+    return run_experts(
+        x,
+        topk_output.topk_ids,
+        topk_output.topk_weights,
+        layer.w13_weight,
+        layer.w2_weight,
+        moe_runner_config.activation,
+    )
+
+
+def check_supported(config: MoeRunnerConfig) -> None:
+    """Refuse expert variants that `run_experts` would compute wrongly. NotImplementedError."""
+    unsupported = {
+        "activation": None if config.activation in ACTIVATIONS else config.activation,
+        "is_gated": None if config.is_gated else False,
+        "apply_router_weight_on_input": config.apply_router_weight_on_input or None,
+        "no_combine": config.no_combine or None,
+        "gemm1_alpha": config.gemm1_alpha,
+        "swiglu_limit": config.swiglu_limit,
+    }
+    found = {name: value for name, value in unsupported.items() if value is not None}
+    if found:
+        raise NotImplementedError(f"stand-in: experts with {found} do not run on CPU")

@@ -1,0 +1,12 @@
+"""The module that SGLang imports as `deep_ep`: the stand-in of `sglang_moelb`, for servers on CPU."""
+
+from sglang_moelb.ep.standin.deep_ep_buffer import (
+    Buffer,
+    Config,
+    EventHandle,
+    EventOverlap,
+    topk_idx_t,
+)
+
+__version__ = "2.1.0+moelb.standin"
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]

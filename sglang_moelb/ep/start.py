@@ -1,0 +1,149 @@
+"""Attach to a loaded model: find its MoE layers, refuse what is not supported, start the clocks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch
+
+from sglang_moelb.config import Config
+from sglang_moelb.controller.controller import Controller
+from sglang_moelb.ep import install, points, seams
+from sglang_moelb.ep.controller_thread import ControllerThread
+from sglang_moelb.ep.exchange import LEADER, Agreement, Exchange
+from sglang_moelb.ep.metrics import Metrics
+from sglang_moelb.ep.modality import RowWindow
+from sglang_moelb.ep.runtime import Runtime, Seat
+from sglang_moelb.ep.status import Ledger
+from sglang_moelb.types import Effects, StepRecord, Topology
+
+logger = logging.getLogger("sglang_moelb")
+
+SUPPORTED = (
+    "Qwen3MoeForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "KimiVLForConditionalGeneration",
+)
+SCORINGS = ("softmax", "sigmoid")
+
+
+def attach_to(model_runner: Any, config: Config) -> None:
+    """Build the runtime of this process and let the seams drive it.
+
+    Ends the process, naming what it found and what would be right, where it cannot balance.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    seat = _seat(model_runner, parallel)
+    group = parallel.moe_ep_group
+    controller = ledger = None
+    if seat.rank == LEADER:
+        ledger = Ledger(seat.topology)
+        metrics = Metrics.if_enabled()
+        controller = ControllerThread(
+            Controller(config, seat.topology), config, _publisher(ledger, metrics)
+        )
+        if metrics:
+            metrics.watch(controller)
+    runtime = Runtime(
+        seat,
+        config,
+        Agreement(group.cpu_group),
+        Exchange(group.device_group),
+        controller,
+        ledger,
+    )
+    points.attach(runtime)
+    logger.info(
+        "sglang_moelb: mode %s, %d MoE layers, %d experts on %d ranks, seams as %s",
+        config.mode,
+        seat.topology.num_layers,
+        seat.topology.num_experts,
+        seat.topology.num_ranks,
+        seat.form,
+    )
+
+
+def _publisher(ledger: Ledger, metrics: Metrics | None) -> Any:
+    def publish(record: StepRecord, effects: Effects) -> None:
+        ledger.add(record, effects)
+        if metrics:
+            metrics.add(record, effects)
+
+    return publish
+
+
+def _seat(model_runner: Any, parallel: Any) -> Seat:
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    architecture = model_runner.model_config.hf_config.architectures[0]
+    if architecture not in SUPPORTED:
+        _refuse(f"model {architecture}", f"supported are {', '.join(SUPPORTED)}")
+    experts = [m for m in model_runner.model.modules() if isinstance(m, FusedMoE)]
+    if not experts:
+        _refuse(f"model {architecture} of this checkpoint", "it has no MoE layer to balance")
+    if parallel.moe_ep_size < 2:
+        _refuse(f"ep_size {parallel.moe_ep_size}", "use --tp-size 2 or more with deepep")
+    routers = _routers(model_runner.model)
+    scoring = tuple(_scoring(routers[id(e)], architecture) for e in experts)
+    num_experts = {e.num_experts for e in experts}
+    if len(num_experts) != 1 or any(e.num_fused_shared_experts for e in experts):
+        _refuse(
+            f"model {architecture}",
+            "its MoE layers differ in size or fuse shared experts; use "
+            "--disable-shared-experts-fusion",
+        )
+    topology = Topology(
+        num_layers=len(experts),
+        num_experts=num_experts.pop(),
+        num_ranks=parallel.moe_ep_size,
+        topk=experts[0].top_k,
+    )
+    root = seams.sglang_root()
+    assert root is not None
+    form = seams.form_of(install.verified_findings())
+    assert form is not None
+    return Seat(
+        topology=topology,
+        rank=parallel.moe_ep_rank,
+        device=torch.device(model_runner.device),
+        window=RowWindow(
+            attn_tp_size=parallel.attn_tp_size, attn_tp_rank=parallel.attn_tp_rank
+        ),
+        layer_of_dispatcher={
+            id(inner): layer
+            for layer, e in enumerate(experts)
+            for inner in getattr(e.dispatcher, "_inners", [e.dispatcher])
+        },
+        scoring=scoring,
+        form=form,
+    )
+
+
+def _routers(model: torch.nn.Module) -> dict[int, Any]:
+    """TopK module of each experts module, by identity: both are children of one MoE block."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    routers: dict[int, Any] = {}
+    for block in model.modules():
+        topk = next((c for c in block.children() if isinstance(c, TopK)), None)
+        experts = getattr(block, "experts", None)
+        if topk is not None and experts is not None:
+            routers[id(experts)] = topk
+    return routers
+
+
+def _scoring(router: Any, architecture: str) -> str:
+    scoring = str(router.topk_config.scoring_func)
+    if scoring not in SCORINGS:
+        _refuse(f"model {architecture}", f"its router scores by {scoring}; known: {SCORINGS}")
+    return scoring
+
+
+def _refuse(what: str, why: str) -> None:
+    sys.exit(f"sglang_moelb: {what} cannot be balanced: {why}. Or start without --moelb flags.")

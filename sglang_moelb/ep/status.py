@@ -1,0 +1,88 @@
+"""What a server says about itself: totals and recent passes, as plain JSON types.
+
+Written by the controller thread, read by the serving thread; a reader may see the pass before
+last, never half a pass.
+
+Shape letters: L MoE layers, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from sglang_moelb.ep.records import rank_rows
+from sglang_moelb.types import Effects, Lever, StepRecord, Topology
+
+NUM_RECENT = 64
+
+
+class Ledger:
+    """Sums over all passes and a short memory of the last ones."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
+        self._by_lever = {lever.name.lower(): 0 for lever in Lever}
+        self._sums: dict[str, float] = dict.fromkeys(
+            ("routed_mass", "lost_mass", "moved_mass", "num_dropped_rows", "num_added_rows"), 0
+        )
+        self._num_passes = 0
+        self._num_prefill = 0
+
+    def add(self, record: StepRecord, effects: Effects) -> None:
+        """Count one pass."""
+        self._num_passes += 1
+        self._num_prefill += record.phase == "prefill"
+        self._by_lever[record.used_lever.name.lower()] += 1
+        for name in self._sums:
+            self._sums[name] += getattr(record, name)
+        self._recent.append(self._row(record))
+
+    def totals(self) -> dict[str, Any]:
+        """Sums since the start."""
+        return {
+            "num_passes": self._num_passes,
+            "num_prefill_passes": self._num_prefill,
+            "num_passes_by_lever": dict(self._by_lever),
+            **self._sums,
+        }
+
+    def recent(self) -> list[dict[str, Any]]:
+        """The last passes, oldest first."""
+        return list(self._recent)
+
+    def _row(self, record: StepRecord) -> dict[str, Any]:
+        before_LR = rank_rows(record.rows_LEM.sum(axis=2), self._topology.num_ranks)
+        after_LR = record.rows_after_LR
+        mass = max(record.routed_mass, 1e-9)
+        return {
+            "step": record.step,
+            "phase": record.phase,
+            "lever": record.used_lever.name.lower(),
+            "epoch": record.policy.epoch,
+            "reason": record.policy.reason,
+            "gate_reason": record.gate_reason,
+            "num_tokens_R": record.num_tokens_R.tolist(),
+            "num_vision_tokens_R": record.num_vision_tokens_R.tolist(),
+            "num_protected_tokens_R": record.num_protected_tokens_R.tolist(),
+            "balance_before_L": balancedness(before_LR),
+            "balance_after_L": balancedness(after_LR),
+            "rows_before_R": before_LR.sum(axis=0).tolist(),
+            "rows_after_R": after_LR.sum(axis=0).tolist(),
+            "lost_share": record.lost_mass / mass,
+            "moved_share": record.moved_mass / mass,
+            "step_ms": round(record.step_ms, 3),
+            "experts_ms": round(float(record.experts_ms_L.sum()), 3),
+            "layer_ms": round(float(record.layer_ms_L.sum()), 3),
+            "balance_ms": round(float(record.balance_ms_L.sum()), 3),
+        }
+
+
+def balancedness(rows_LR: np.ndarray) -> list[float]:
+    """max/mean over ranks for each layer; 1.0 where a layer has no rows."""
+    mean_L = rows_LR.mean(axis=1)
+    ratio_L = np.where(mean_L > 0, rows_LR.max(axis=1) / np.maximum(mean_L, 1e-9), 1.0)
+    return [round(float(x), 4) for x in ratio_L]

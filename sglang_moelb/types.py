@@ -1,0 +1,211 @@
+"""The nouns of sglang_moelb, in the order in which one forward pass makes them.
+
+A pass: the ranks agree on a `Policy`; every MoE layer counts, exchanges, plans and applies; the
+pass leaves one `StepRecord`, from which the controller thread makes the next `Policy`.
+
+Glossary. A *logical* expert is one of the model's E experts; *local* experts are the E/R of one
+rank. A *row* is one assignment of a token to an expert. *Balancedness* is max/mean over ranks, 1.0
+is perfect. An *amount* is what a row weighs against a capacity: 1, or under MACS 1 to 256 (1.0).
+A *group* is what a capacity holds for: an expert, or all experts of a rank. A *lever* is what can
+be done about imbalance; a *mode* is what the user allows; a *policy* is what holds for one pass.
+
+Shape letters: L MoE layers, E logical experts, R ranks, G groups, M modalities (text, vision).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+Mode = Literal["none", "observe", "expand", "drop", "downgrade", "replicate", "auto"]
+MODES: tuple[Mode, ...] = (
+    "none",
+    "observe",
+    "expand",
+    "drop",
+    "downgrade",
+    "replicate",
+    "auto",
+)
+READY_MODES: tuple[Mode, ...] = ("none", "observe", "expand", "drop", "auto")
+
+Phase = Literal["prefill", "decode", "idle"]
+
+
+class Lever(IntEnum):
+    """What is done about imbalance in a pass; the value travels between ranks."""
+
+    NONE = 0
+    EXPAND = 1
+    DROP = 2
+
+
+class Metric(IntEnum):
+    """By what rows are ranked against a capacity; the best ranked are kept."""
+
+    SCORE = 0
+    ORDER = 1
+    REVERSE = 2
+    RANDOM = 3
+
+
+class Preference(IntEnum):
+    """Which modality is cut first when a group overflows."""
+
+    UNIFORM = 0
+    IMAGE_FIRST = 1
+    TEXT_FIRST = 2
+
+
+class Level(IntEnum):
+    """What a capacity holds for."""
+
+    EXPERT = 0
+    DEVICE = 1
+
+
+class Scope(IntEnum):
+    """Whose rows a capacity counts: those of each source rank alone, or of all ranks."""
+
+    SOURCE = 0
+    GLOBAL = 1
+
+
+class Rule(IntEnum):
+    """How capacity is counted: equal rows, or MACS (entropy-weighted, modality-adaptive)."""
+
+    PLAIN = 0
+    MACS = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """What every rank does in one pass. Made by the controller, agreed by all ranks.
+
+    `epoch` grows with every change; `capacity_factor` is a multiple of the mean rows of a group;
+    `macs_delta` and `macs_rho` are MACS's delta and rho; `reason` is for people.
+    """
+
+    epoch: int
+    lever: Lever = Lever.NONE
+    capacity_factor: float = 1.0
+    level: Level = Level.DEVICE
+    scope: Scope = Scope.GLOBAL
+    metric: Metric = Metric.SCORE
+    preference: Preference = Preference.IMAGE_FIRST
+    rule: Rule = Rule.PLAIN
+    renormalise: bool = False
+    max_extra_experts: int = 0
+    min_batch_tokens: int = 0
+    macs_delta: float = 1.0
+    macs_rho: float = 0.5
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """Sizes that do not change while a server runs."""
+
+    num_layers: int
+    num_experts: int
+    num_ranks: int
+    topk: int
+
+    @property
+    def experts_per_rank(self) -> int:
+        """E / R."""
+        return self.num_experts // self.num_ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one pass saw and did, equal on all ranks but for the times, which are this rank's.
+
+    `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts
+    receive after the lever (exact under the plain rule, an estimate under MACS). Gate mass is the sum of routing weights;
+    `lost_mass` and `moved_mass` are of this rank's tokens. Times are in milliseconds; where a
+    layer's time is not known yet it is 0. Arrays are not to be written.
+    """
+
+    step: int
+    policy: Policy
+    phase: Phase
+    gate_reason: str  # why the policy's lever was not used in this pass, or ""
+    rank: int
+    num_tokens_R: IntArray
+    num_vision_tokens_R: IntArray
+    num_protected_tokens_R: IntArray
+    rows_LEM: IntArray
+    rows_after_LR: IntArray
+    routed_mass: float
+    lost_mass: float
+    moved_mass: float
+    num_dropped_rows: int
+    num_added_rows: int
+    experts_ms_L: FloatArray  # grouped GEMMs of this rank
+    layer_ms_L: FloatArray  # from before dispatch to after combine, this rank
+    balance_ms_L: FloatArray  # our own observe + exchange + plan + apply on the host clock
+    step_ms: float
+
+    @property
+    def used_lever(self) -> Lever:
+        """The lever that acted in this pass."""
+        return Lever.NONE if self.gate_reason else self.policy.lever
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """A record and the time it came in; the controller's only input."""
+
+    record: StepRecord
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeverForecast:
+    """What a lever would do to the passes of the window, had it been on in all of them."""
+
+    lever: Lever
+    balance: float  # mean over layers of max/mean rank rows it would leave
+    gain: float  # share of step time saved, 0.05 is 5 %
+    lost_mass_share: float  # share of routed gate mass lost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadEstimate:
+    """What the controller believes after the last pass; `confidence` in [0, 1]."""
+
+    num_passes: int
+    confidence: float
+    balance_L: FloatArray  # max/mean rank rows per layer before any lever
+    moe_share: float  # share of a prefill step spent in experts of the slowest rank
+    ms_per_row: float
+    fixed_ms: float
+    spent_mass_share: float  # gate mass lost over the quality window, as a share
+    forecasts: tuple[LeverForecast, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """The lever chosen for the next pass, and why, in a sentence a user can act on."""
+
+    lever: Lever
+    reason: str
+    expected_gain: float
+    expected_lost_mass_share: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effects:
+    """All that a controller step brings about."""
+
+    policy: Policy
+    decision: Decision
+    estimate: LoadEstimate
