@@ -28,9 +28,7 @@ def parse_arms(arm_texts: Sequence[str], url_texts: Sequence[str]) -> tuple[Arm,
         Arm(name=name, flags=_split(name, text), url=_url(name, urls.get(name)))
         for name, text in flags.items()
     ]
-    arms += [
-        Arm(name=name, url=_url(name, url)) for name, url in urls.items() if name not in flags
-    ]
+    arms += [Arm(name=name, url=_url(name, url)) for name, url in urls.items() if name not in flags]
     if len(arms) < 2:
         raise AbError(
             f"--arm: a comparison needs two arms, found {len(arms)} "
@@ -98,7 +96,9 @@ def _split(name: str, text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise AbError(f"--arm {name}: the flags cannot be split ({error}): {text}") from error
     if flags and not flags[0].startswith("-"):
-        raise AbError(f"--arm {name}: {flags[0]!r} is not a flag. Write --arm '{name}=--flag value'.")
+        raise AbError(
+            f"--arm {name}: {flags[0]!r} is not a flag. Write --arm '{name}=--flag value'."
+        )
     return flags
 
 
@@ -107,5 +107,7 @@ def _url(name: str, text: str | None) -> str | None:
         return None
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise AbError(f"--url {name}={text}: not an address. Example: {name}=http://127.0.0.1:30000")
+        raise AbError(
+            f"--url {name}={text}: not an address. Example: {name}=http://127.0.0.1:30000"
+        )
     return text.rstrip("/")

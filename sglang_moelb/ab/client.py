@@ -32,7 +32,7 @@ class Target:
     timeout_s: float
 
 
-class _RequestFailed(RuntimeError):
+class _RequestError(RuntimeError):
     """The server answered with an error; the message is its reason."""
 
 
@@ -48,9 +48,9 @@ class _Stream:
     entries: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     def take(self, chunk: dict[str, Any], now_s: float) -> None:
-        """Read one chunk that came at `now_s`. Raises `_RequestFailed`."""
+        """Read one chunk that came at `now_s`. Raises `_RequestError`."""
         if "error" in chunk:
-            raise _RequestFailed(error_text(chunk))
+            raise _RequestError(error_text(chunk))
         usage = chunk.get("usage") or {}
         self.num_prompt_tokens = usage.get("prompt_tokens", self.num_prompt_tokens)
         self.num_output_tokens = usage.get("completion_tokens", self.num_output_tokens)
@@ -79,8 +79,12 @@ class _Stream:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=length,
             token_ids=self.token_ids,
-            token_texts=tuple(self.entries[i][0] if i in self.entries else None for i in range(length)),
-            logprobs=tuple(self.entries[i][1] if i in self.entries else None for i in range(length)),
+            token_texts=tuple(
+                self.entries[i][0] if i in self.entries else None for i in range(length)
+            ),
+            logprobs=tuple(
+                self.entries[i][1] if i in self.entries else None for i in range(length)
+            ),
             finish_reason=self.finish_reason,
         )
 
@@ -99,7 +103,7 @@ async def send(
         error = f"no end after {target.timeout_s:.0f} s"
     except (aiohttp.ClientError, ConnectionError) as failure:
         error = f"connection: {type(failure).__name__}: {failure}"
-    except (_RequestFailed, msgspec.DecodeError) as failure:
+    except (_RequestError, msgspec.DecodeError) as failure:
         error = str(failure)
     else:
         error = "" if stream.finish_reason else "the stream ended without a finish reason"
@@ -149,9 +153,11 @@ def error_text(tree: dict[str, Any]) -> str:
 async def _chunks(
     http: aiohttp.ClientSession, target: Target, request: Request
 ) -> AsyncIterator[dict[str, Any]]:
-    async with http.post(f"{target.url}/v1/chat/completions", json=_body(target, request)) as answer:
+    async with http.post(
+        f"{target.url}/v1/chat/completions", json=_body(target, request)
+    ) as answer:
         if answer.status != 200:
-            raise _RequestFailed(f"HTTP {answer.status}: {_reason(await answer.text())}")
+            raise _RequestError(f"HTTP {answer.status}: {_reason(await answer.text())}")
         async for line in answer.content:
             text = line.decode().strip()
             if text.startswith("data:") and (data := text[5:].strip()) != "[DONE]":

@@ -119,9 +119,7 @@ async def _rounds(
 
 
 @contextlib.asynccontextmanager
-async def _following(
-    http: aiohttp.ClientSession, url: str, log: _Log
-) -> AsyncIterator[None]:
+async def _following(http: aiohttp.ClientSession, url: str, log: _Log) -> AsyncIterator[None]:
     try:
         first = await read_status(http, url)
     except StatusError as error:

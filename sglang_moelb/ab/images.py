@@ -103,6 +103,8 @@ def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
 def _digits_sheet() -> Image.Image:
     rows = 8
     digits = load_digits().images[: rows * rows]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in digits.reshape(rows, rows, 8, 8)])
+    sheet = np.concatenate(
+        [np.concatenate(list(row), axis=1) for row in digits.reshape(rows, rows, 8, 8)]
+    )
     grey = (255 - sheet * (255 / 16)).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB").resize((512, 512), Image.Resampling.NEAREST)

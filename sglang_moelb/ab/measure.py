@@ -110,5 +110,7 @@ def _flat(rows: Sequence[Served]) -> dict[str, Spread]:
         for name in ("ttft_ms", "tpot_ms", "latency_ms"):
             latency: Latency | None = getattr(row, name)
             if latency is not None:
-                flat |= {f"{row.kind} {name} {q}": getattr(latency, q) for q in ("p50", "p95", "p99")}
+                flat |= {
+                    f"{row.kind} {name} {q}": getattr(latency, q) for q in ("p50", "p95", "p99")
+                }
     return {name: value for name, value in flat.items() if value is not None}

@@ -50,9 +50,7 @@ def measure_passes(run: ArmRun) -> Passes | None:
         moved_share=_share(totals.moved_mass, totals.routed_mass),
         num_dropped_rows=totals.num_dropped_rows,
         num_added_rows=totals.num_added_rows,
-        overhead_share=_share(
-            sum(r.balance_ms for r in records), sum(r.step_ms for r in records)
-        ),
+        overhead_share=_share(sum(r.balance_ms for r in records), sum(r.step_ms for r in records)),
         step_ms_by_phase=_step_ms(records),
         reasons=count_reasons(records),
         choices=list_choices(records),

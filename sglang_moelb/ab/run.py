@@ -54,9 +54,7 @@ def run_plan(plan: Plan, progress: Progress) -> list[ArmRun]:
     return list(runs.values())
 
 
-def _run_arm(
-    plan: Plan, arm: Arm, run: ArmRun, num_sessions: int, progress: Progress
-) -> ArmRun:
+def _run_arm(plan: Plan, arm: Arm, run: ArmRun, num_sessions: int, progress: Progress) -> ArmRun:
     if arm.url is not None:
         progress.running(arm.name)
         return _drive(plan, run, num_sessions, arm.url, 0.0, progress, lambda: "")

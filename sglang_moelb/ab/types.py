@@ -24,7 +24,7 @@ class AbError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One side of the comparison: a server that we start with `flags`, or a running one at `url`."""
+    """One side of the comparison: a server started with `flags`, or a running one at `url`."""
 
     name: str
     flags: tuple[str, ...] = ()

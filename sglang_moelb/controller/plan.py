@@ -1,9 +1,9 @@
 """The planner of capacity cuts in plain Python: the reference of the device op and the simulator.
 
-All arithmetic is on int64, and every rank that holds the same integers gets the same plan, so no
-rank has to be told. The device code mirrors these functions; `>>` is the arithmetic shift and `//`
-has a positive divisor, so both round towards minus infinity. Amounts of one group must add up to
-less than 2**31, which keeps every product below 2**63.
+All arithmetic is on integers, and every rank that holds the same ones gets the same plan, so no
+rank has to be told. The device code mirrors these functions in int64: `>>` is the arithmetic shift
+and `//` has a positive divisor, so both round towards minus infinity. Capacities are exact while
+amounts of a layer stay below 2**45; quotas are computed in Python's integers, without a bound.
 
 Shape letters: E logical experts, R source ranks, G groups, B bins of a histogram by rank key.
 """
@@ -119,7 +119,7 @@ def plan_cuts(
     held_RG = cuttable_RGB[: my_rank + 1, groups_G, bin_G]
     until_G = held_RG.sum(axis=0, dtype=np.int64)
     before_G = until_G - held_RG[my_rank]
-    quota_G = rest_G * until_G // num_G - rest_G * before_G // num_G
+    quota_G = _dealt(rest_G, until_G, num_G) - _dealt(rest_G, before_G, num_G)
     return cut_bin_G.astype(np.int64), np.where(overflows_G, quota_G, 0)
 
 
@@ -130,3 +130,9 @@ def kept_amount(cuttable_G: IntArray, protected_G: IntArray, capacity_G: IntArra
     """
     kept_G: IntArray = protected_G + np.minimum(cuttable_G, np.maximum(capacity_G - protected_G, 0))
     return kept_G
+
+
+def _dealt(amount_G: IntArray, part_G: IntArray, whole_G: IntArray) -> IntArray:
+    # numpy's product would pass 63 bits for 64 ranks of weighted rows
+    triples = zip(amount_G.tolist(), part_G.tolist(), whole_G.tolist(), strict=True)
+    return np.array([amount * part // whole for amount, part, whole in triples], dtype=np.int64)

@@ -62,9 +62,10 @@ VOCAB_SIZE = 256 + 8  # the bytes, the special tokens, rounded up to a multiple 
 WEIGHT_STD = 0.12
 QUERY_SCALE = 3.0  # sharp attention: what comes next depends on the whole context
 ATTENTION_SHARE = 0.5  # of the residual stream: otherwise all tokens of a context grow alike
-IMAGE_LEAN = 1.0  # how far image embeddings lie along the direction, in their own spread
-TEXT_LEAN = 0.4  # how far token embeddings lie against it
-GATE_LEAN = 0.12  # how far gate rows lean, in the unit of WEIGHT_STD
+IMAGE_LEAN = 1.4  # how far image embeddings lie along the direction, in their own spread
+TEXT_LEAN = 0.25  # how far token embeddings lie against it
+GATE_LEAN = 0.15  # how far gate rows of layer 0 lean, in the unit of WEIGHT_STD
+DEPTH_LEAN = 0.6  # how much further in each layer, relative to layer 0
 FAVOURED_SHARE = 0.75  # of the experts of the favoured half lean towards it
 
 CHAT_TEMPLATE = (
@@ -269,8 +270,10 @@ def _draw_weights(
                 keep = torch.zeros(parameter.shape[0], 1)
                 keep[printable] = 1.0
                 parameter.mul_(keep)
-            elif name.endswith("q_norm.weight"):
+            elif name.endswith("q_norm.weight"):  # Qwen normalises queries, so it scales here
                 parameter.fill_(QUERY_SCALE)
+            elif name.endswith("q_proj.weight"):
+                parameter.mul_(QUERY_SCALE)
             elif name.endswith("o_proj.weight"):
                 parameter.mul_(ATTENTION_SHARE)
             elif name.endswith("mlp.gate.weight"):
@@ -287,7 +290,9 @@ def _gate_lean(name: str, num_experts: int) -> torch.Tensor:
     favoured = torch.full((half,), -1.0)
     favoured[:num_towards] = 1.0
     halves = (favoured, -favoured) if layer % 2 == 0 else (-favoured, favoured)
-    return GATE_LEAN * WEIGHT_STD * torch.cat(halves).unsqueeze(1)
+    # The residual stream grows with depth, and the direction's share of it shrinks.
+    lean = GATE_LEAN * WEIGHT_STD * (1.0 + DEPTH_LEAN * layer)
+    return lean * torch.cat(halves).unsqueeze(1)
 
 
 def _transpose_fused_experts(folder: Path) -> None:

@@ -72,9 +72,7 @@ class Agreement:
             ],
             dtype=torch.int64,
         )
-        gathered = torch.empty(self._num_ranks, mine.numel(), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, mine, group=self._group)
-        rows = gathered.tolist()
+        rows = gather_rows(mine, self._num_ranks, self._group).tolist()
         agreed_words = tuple(rows[LEADER][:NUM_WORDS])
         if self._rank == LEADER:
             self._last_policy = policy
@@ -97,6 +95,11 @@ class Exchange:
 
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32, on the device of `row_W`."""
-        rows_RW = row_W.new_empty(self._num_ranks, row_W.numel())
-        dist.all_gather_into_tensor(rows_RW, row_W, group=self._group)
-        return rows_RW
+        return gather_rows(row_W, self._num_ranks, self._group)
+
+
+def gather_rows(row_W: torch.Tensor, num_ranks: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's `row_W`, `[R, W]` in rank order. Gloo takes a flat output only."""
+    flat = row_W.new_empty(num_ranks * row_W.numel())
+    dist.all_gather_into_tensor(flat, row_W, group=group)
+    return flat.view(num_ranks, row_W.numel())

@@ -1,6 +1,6 @@
-"""What tests and benchmarks of kernels share: comparison with coordinates, and GPU timing.
+"""What tests and benchmarks of kernels share: routings, comparison with coordinates, GPU timing.
 
-No shape letters: shapes are the caller's.
+Shape letters: T tokens, C columns.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sglang_moelb.kernels.row_layout import AMOUNT_ONE, FLAG_PROTECTED, FLAG_VISION
 
 # Largest |out - ref| / max(1, |ref|) by format: integers are exact, floats get some ulps of sums.
 TOLERANCES: dict[torch.dtype, float] = {
@@ -99,4 +101,58 @@ def bench(call: Callable[[], object], *, num_calls: int = 100, num_warmup: int =
         p10_us=times_us[num_calls // 10],
         p90_us=times_us[num_calls * 9 // 10],
         num_calls=num_calls,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Inputs of the kernels: ids_TC int64 or int32, weights_TC float32, flags_T uint8, amounts_T."""
+
+    ids_TC: Tensor
+    weights_TC: Tensor
+    flags_T: Tensor
+    amounts_T: Tensor | None
+
+
+def random_routing(
+    num_tokens: int,
+    num_columns: int,
+    num_experts: int,
+    seed: int,
+    *,
+    skew: float = 1.0,
+    weighted: bool = False,
+    padding_share: float = 0.1,
+    missing_share: float = 0.1,
+    vision_share: float = 0.5,
+    protected_share: float = 0.1,
+    device: str = "cpu",
+) -> Routing:
+    """A routing whose expert popularity falls as exp(-skew * rank of popularity / 8).
+
+    Distinct experts a token, best weight first, weights of a token sum to 1; whole rows of padding
+    and single missing entries are -1 with weight 0. Equal for equal arguments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    popularity = -skew * torch.arange(num_experts)[torch.randperm(num_experts, generator=generator)]
+    noise = -(-uniform(num_tokens, num_experts).clamp(1e-9, 1 - 1e-7).log()).log()
+    logits, ids_TC = (noise + popularity / 8).topk(num_columns, dim=1)
+    weights_TC = logits.softmax(dim=1)
+    missing_TC = uniform(num_tokens, num_columns) < missing_share
+    missing_TC |= (uniform(num_tokens) < padding_share)[:, None]
+    flags_T = (uniform(num_tokens) < vision_share).int() * FLAG_VISION
+    flags_T += (uniform(num_tokens) < protected_share).int() * FLAG_PROTECTED
+    amounts_T = None
+    if weighted:
+        amounts_T = torch.randint(1, AMOUNT_ONE + 1, (num_tokens,), generator=generator)
+        amounts_T = amounts_T.where((flags_T & FLAG_VISION) != 0, AMOUNT_ONE).int().to(device)
+    return Routing(
+        ids_TC=ids_TC.masked_fill(missing_TC, -1).to(device),
+        weights_TC=weights_TC.masked_fill(missing_TC, 0.0).to(device),
+        flags_T=flags_T.to(device, torch.uint8),
+        amounts_T=amounts_T,
     )

@@ -1,0 +1,233 @@
+"""Triton kernel of `count_experts`: one program per tile of tokens, integer atomics into the row.
+
+Integer sums do not depend on their order, so every run gives the same bits.
+
+Example: E = 2, topk = C = 2, four tokens, no amounts, no key_rule:
+
+    token   ids       weights     flags          counts as
+    0       [0, 1]    .75 .25     text           a text row of each expert
+    1       [1, -1]   1.  0.      FLAG_VISION    a vision row of expert 1
+    2       [-1, -1]  0.  0.      text           nothing, it is padding
+    3       [1, 0]    .5  .5      FLAG_PROTECTED a text row of each expert that cannot be cut
+
+    header    3 tokens, 1 vision, 1 protected, vision amount 1, amount 3, 0 0 0
+    expert 0  2 text, 0 vision, 1 protected rows; protected amount 1, cuttable amount 1
+    expert 1  2 text, 1 vision, 1 protected rows; protected amount 1, cuttable amount 2
+
+Shape letters: T tokens, C columns, E experts, W row width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_moelb.kernels import keys, row_layout
+from sglang_moelb.kernels.keys import KeyRule
+from sglang_moelb.types import Metric, Preference
+
+TILE_ENTRIES = 1024
+
+AMOUNT_ONE = tl.constexpr(row_layout.AMOUNT_ONE)
+BIN_SHIFT = tl.constexpr(row_layout.BIN_SHIFT)
+FLAG_PROTECTED = tl.constexpr(row_layout.FLAG_PROTECTED)
+FLAG_VISION = tl.constexpr(row_layout.FLAG_VISION)
+NUM_BINS = tl.constexpr(row_layout.NUM_BINS)
+NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
+NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
+H_TOKENS = tl.constexpr(row_layout.H_TOKENS)
+H_VISION_TOKENS = tl.constexpr(row_layout.H_VISION_TOKENS)
+H_PROTECTED_TOKENS = tl.constexpr(row_layout.H_PROTECTED_TOKENS)
+H_VISION_AMOUNT = tl.constexpr(row_layout.H_VISION_AMOUNT)
+H_AMOUNT = tl.constexpr(row_layout.H_AMOUNT)
+C_TEXT_ROWS = tl.constexpr(row_layout.C_TEXT_ROWS)
+C_VISION_ROWS = tl.constexpr(row_layout.C_VISION_ROWS)
+C_PROTECTED_ROWS = tl.constexpr(row_layout.C_PROTECTED_ROWS)
+C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
+C_CUTTABLE_AMOUNT = tl.constexpr(row_layout.C_CUTTABLE_AMOUNT)
+
+METRIC_BITS = tl.constexpr(keys.METRIC_BITS)
+MAX_METRIC = tl.constexpr(keys.MAX_METRIC)
+SCORE_ORIGIN_BITS = tl.constexpr(keys.SCORE_ORIGIN_BITS)
+SCORE_SHIFT = tl.constexpr(keys.SCORE_SHIFT)
+HASH_TOKEN = tl.constexpr(keys.HASH_TOKEN)
+HASH_EXPERT = tl.constexpr(keys.HASH_EXPERT)
+HASH_MIX_1 = tl.constexpr(keys.HASH_MIX_1)
+HASH_MIX_2 = tl.constexpr(keys.HASH_MIX_2)
+SCORE = tl.constexpr(int(Metric.SCORE))
+ORDER = tl.constexpr(int(Metric.ORDER))
+RANDOM = tl.constexpr(int(Metric.RANDOM))
+IMAGE_FIRST = tl.constexpr(int(Preference.IMAGE_FIRST))
+TEXT_FIRST = tl.constexpr(int(Preference.TEXT_FIRST))
+NO_KEYS = tl.constexpr(-1)
+
+
+@triton.jit
+def _score_metric(value):
+    bits = value.to(tl.int32, bitcast=True)
+    metric = (bits - SCORE_ORIGIN_BITS) >> SCORE_SHIFT
+    metric = tl.minimum(tl.maximum(metric, 0), MAX_METRIC)
+    return tl.where(value > 0, metric, 0)
+
+
+@triton.jit
+def _random_metric(token, expert, seed):
+    word = token.to(tl.uint32) * HASH_TOKEN + expert.to(tl.uint32) * HASH_EXPERT
+    word += seed.to(tl.uint32)
+    word ^= word >> 16
+    word *= HASH_MIX_1
+    word ^= word >> 13
+    word *= HASH_MIX_2
+    word ^= word >> 16
+    return (word >> (32 - METRIC_BITS)).to(tl.int32)
+
+
+@triton.jit
+def _keys(ids, token, amount, vision, weights_at, mask, num_tokens, seed, METRIC, PREFERENCE):
+    if METRIC == SCORE:
+        value = tl.load(weights_at, mask=mask, other=0.0)
+        value *= amount.to(tl.float32) * (1.0 / AMOUNT_ONE)
+        metric = _score_metric(value)
+    elif METRIC == RANDOM:
+        metric = _random_metric(token, ids, seed)
+    else:
+        place = (token * MAX_METRIC) // tl.maximum(num_tokens - 1, 1).to(tl.int64)
+        metric = place.to(tl.int32)
+        if METRIC == ORDER:
+            metric = MAX_METRIC - metric
+    if PREFERENCE == IMAGE_FIRST:
+        metric += tl.where(vision, 0, 1 << METRIC_BITS)
+    elif PREFERENCE == TEXT_FIRST:
+        metric += tl.where(vision, 1 << METRIC_BITS, 0)
+    return tl.where(mask, metric, 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "ids_stride", "weights_stride", "seed"])
+def _count(
+    ids_ptr,
+    weights_ptr,
+    flags_ptr,
+    amounts_ptr,
+    row_ptr,
+    keys_ptr,
+    num_tokens,
+    ids_stride,
+    weights_stride,
+    seed,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    TOPK: tl.constexpr,
+    HAS_AMOUNTS: tl.constexpr,
+    METRIC: tl.constexpr,
+    PREFERENCE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    column = tl.arange(0, TILE_COLUMNS)[None, :]
+    is_token = token < num_tokens
+    flags = tl.load(flags_ptr + token, mask=is_token, other=0)
+    vision = (flags & FLAG_VISION) != 0
+    protected = (flags & FLAG_PROTECTED) != 0
+    if HAS_AMOUNTS:
+        amount = tl.load(amounts_ptr + token, mask=is_token, other=0)
+    else:
+        amount = tl.full([TILE_TOKENS], 1, tl.int32)
+    inside = is_token[:, None] & (column < NUM_COLUMNS)
+    ids = tl.load(ids_ptr + token[:, None] * ids_stride + column, mask=inside, other=-1)
+    ids = ids.to(tl.int32)
+
+    routed = column < TOPK
+    counted = tl.max(((ids >= 0) & routed).to(tl.int32), axis=1)
+    is_vision = counted * vision.to(tl.int32)
+    tl.atomic_add(row_ptr + H_TOKENS, tl.sum(counted), sem="relaxed")
+    tl.atomic_add(row_ptr + H_VISION_TOKENS, tl.sum(is_vision), sem="relaxed")
+    num_protected = tl.sum(counted * protected.to(tl.int32))
+    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, num_protected, sem="relaxed")
+    tl.atomic_add(row_ptr + H_VISION_AMOUNT, tl.sum(is_vision * amount), sem="relaxed")
+    tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
+
+    valid = (ids >= 0) & (ids < NUM_EXPERTS)
+    counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
+    one = tl.full([TILE_TOKENS, TILE_COLUMNS], 1, tl.int32)
+    amounts = one * amount[:, None]
+    modality = tl.where(vision, C_VISION_ROWS, C_TEXT_ROWS)[:, None]
+    tl.atomic_add(counts_at + modality, one, mask=valid & routed, sem="relaxed")
+    fixed = valid & routed & protected[:, None]
+    tl.atomic_add(counts_at + C_PROTECTED_ROWS, one, mask=fixed, sem="relaxed")
+    tl.atomic_add(counts_at + C_PROTECTED_AMOUNT, amounts, mask=fixed, sem="relaxed")
+    cuttable = valid & (protected == 0)[:, None]
+    tl.atomic_add(counts_at + C_CUTTABLE_AMOUNT, amounts, mask=cuttable, sem="relaxed")
+
+    if METRIC != NO_KEYS:
+        weights_at = weights_ptr + token[:, None] * weights_stride + column
+        scale = amounts if HAS_AMOUNTS else one * AMOUNT_ONE
+        key = _keys(
+            ids,
+            token[:, None] + tl.zeros_like(column),
+            scale,
+            vision[:, None],
+            weights_at,
+            valid,
+            num_tokens,
+            seed,
+            METRIC,
+            PREFERENCE,
+        )
+        tl.store(keys_ptr + token[:, None] * NUM_COLUMNS + column, key, mask=inside)
+        bins_ptr = row_ptr + NUM_HEADER + NUM_EXPERTS * NUM_COUNTS
+        bins_at = bins_ptr + ids * NUM_BINS + (key >> BIN_SHIFT)
+        tl.atomic_add(bins_at, amounts, mask=cuttable, sem="relaxed")
+
+
+def count_experts(
+    ids_TC: Tensor,
+    weights_TC: Tensor,
+    flags_T: Tensor,
+    amounts_T: Tensor | None,
+    *,
+    num_experts: int,
+    topk: int,
+    key_rule: KeyRule | None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `sglang_moelb.kernels.count_experts`. Runs on the device of its tensors, no sync."""
+    num_tokens, num_columns = ids_TC.shape
+    width = row_layout.row_width(num_experts, with_histogram=key_rule is not None)
+    row_W = torch.zeros(width, dtype=torch.int32, device=ids_TC.device)
+    keys_TC = None
+    if key_rule is not None:
+        if key_rule.metric not in tuple(Metric):
+            raise ValueError(
+                f"metric {key_rule.metric} is not one of {[int(metric) for metric in Metric]}"
+            )
+        keys_TC = torch.empty(ids_TC.shape, dtype=torch.int32, device=ids_TC.device)
+    if num_tokens == 0:
+        return row_W, keys_TC
+    ids_TC = ids_TC if ids_TC.stride(1) == 1 else ids_TC.contiguous()
+    weights_TC = weights_TC if weights_TC.stride(1) == 1 else weights_TC.contiguous()
+    tile_columns = triton.next_power_of_2(num_columns)
+    tile_tokens = max(1, TILE_ENTRIES // tile_columns)
+    _count[(triton.cdiv(num_tokens, tile_tokens),)](
+        ids_TC,
+        weights_TC,
+        flags_T,
+        flags_T if amounts_T is None else amounts_T,
+        row_W,
+        row_W if keys_TC is None else keys_TC,
+        num_tokens,
+        ids_TC.stride(0),
+        weights_TC.stride(0),
+        0 if key_rule is None else keys.hash_seed(key_rule.seed),
+        NUM_EXPERTS=num_experts,
+        NUM_COLUMNS=num_columns,
+        TOPK=topk,
+        HAS_AMOUNTS=amounts_T is not None,
+        METRIC=NO_KEYS.value if key_rule is None else int(key_rule.metric),
+        PREFERENCE=0 if key_rule is None else int(key_rule.preference),
+        TILE_TOKENS=tile_tokens,
+        TILE_COLUMNS=tile_columns,
+        num_warps=8,
+    )
+    return row_W, keys_TC

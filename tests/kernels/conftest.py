@@ -1,0 +1,26 @@
+"""Which implementation the tests of an op run: the reference, or its Triton kernel.
+
+In a process started with TRITON_INTERPRET=1 (as test_interpreted_kernels.py starts one) every test
+of this folder runs the Triton kernel on CPU tensors, in Triton's interpreter; else the reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def load_op() -> Callable[[str], Callable]:
+    """A function from an op's name to the implementation under test."""
+
+    def load(op: str) -> Callable:
+        module = "kernel" if INTERPRETED else "ref"
+        return getattr(importlib.import_module(f"sglang_moelb.kernels.{op}.{module}"), op)
+
+    return load
