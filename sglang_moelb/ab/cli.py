@@ -162,7 +162,7 @@ def _model(model: str | None, must_start: bool, out: Path) -> str:
         return model or "default"
     from sglang_moelb.demo.models import write_model  # needs torch and transformers: seconds
 
-    return str(write_model("vl", out / "models"))
+    return str(write_model("vl", out / "models" / "vl"))
 
 
 def _common(flags: list[str]) -> tuple[str, ...]:

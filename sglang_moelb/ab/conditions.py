@@ -56,7 +56,7 @@ def cuda_visible() -> bool:
         return False
     import torch  # slow, and only needed when nothing else tells
 
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
 def _versions() -> dict[str, str]:

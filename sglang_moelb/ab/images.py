@@ -35,6 +35,7 @@ _SKIMAGE_NAMES = (
     "page",
     "retina",
     "rocket",
+    "stereo_motorcycle",
     "text",
 )
 _MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
@@ -44,7 +45,6 @@ _MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": 
 def real_images() -> dict[str, Image.Image]:
     """Name to RGB image: photographs, textures, microscopy, scanned text, handwritten digits."""
     images = {name: _to_image(getattr(data, name)()) for name in _SKIMAGE_NAMES}
-    images["motorcycle"] = _to_image(data.stereo_motorcycle()[0])
     china, flower = load_sample_images().images
     images |= {"china": _to_image(china), "flower": _to_image(flower)}
     images["digits"] = _digits_sheet()
@@ -96,7 +96,9 @@ def _uri(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
+def _to_image(loaded: NDArray[np.uint8] | tuple[NDArray[np.uint8], ...]) -> Image.Image:
+    # The motorcycle is a pair of views with their disparity: take the left view.
+    pixels = loaded[0] if isinstance(loaded, tuple) else loaded
     return Image.fromarray(pixels).convert("RGB")
 
 

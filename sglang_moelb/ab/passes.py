@@ -48,6 +48,10 @@ def measure_passes(run: ArmRun) -> Passes | None:
         ),
         lost_share=_share(totals.lost_mass, totals.routed_mass),
         moved_share=_share(totals.moved_mass, totals.routed_mass),
+        lost_share_prefill=_share(
+            sum(r.lost_share * sum(r.rows_before_R) for r in prefill),
+            sum(sum(r.rows_before_R) for r in prefill),
+        ),
         num_dropped_rows=totals.num_dropped_rows,
         num_added_rows=totals.num_added_rows,
         overhead_share=_share(sum(r.balance_ms for r in records), sum(r.step_ms for r in records)),
@@ -69,6 +73,11 @@ def prefill_of(records: Sequence[PassRecord]) -> list[PassRecord]:
 def used_lever(record: PassRecord) -> str:
     """The lever that acted in this pass: none where a gate held the policy's lever back."""
     return NONE if record.gate_reason else record.lever
+
+
+def chosen_lever(record: PassRecord) -> str:
+    """The lever that the policy of this pass named, whether it acted or not."""
+    return record.policy_lever or record.lever
 
 
 def layer_balances(records: Sequence[PassRecord]) -> list[LayerBalance]:
@@ -98,7 +107,7 @@ def count_reasons(records: Sequence[PassRecord]) -> list[ReasonCount]:
     examples: dict[tuple[str, bool, str], str] = {}
     for record in records:
         text = record.gate_reason or record.reason or "no reason given"
-        key = (record.lever, not record.gate_reason, _NUMBER.sub("#", text))
+        key = (chosen_lever(record), not record.gate_reason, _NUMBER.sub("#", text))
         counts[key] += 1
         examples[key] = text
     return [
@@ -116,7 +125,7 @@ def list_choices(records: Sequence[PassRecord]) -> list[Choice]:
                 Choice(
                     step=record.step,
                     epoch=record.epoch,
-                    lever=record.lever,
+                    lever=chosen_lever(record),
                     reason=record.reason or "no reason given",
                 )
             )

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from sglang_moelb.ab.passes import NONE, prefill_of, used_lever
+from sglang_moelb.ab.passes import NONE, chosen_lever, prefill_of, used_lever
 from sglang_moelb.ab.result import LayerBalance
 from sglang_moelb.ab.theme import SERIES, lever_colour
 from sglang_moelb.ab.types import PassRecord
@@ -42,7 +42,8 @@ def balance_per_layer(figure: Figure, layers: Sequence[LayerBalance]) -> None:
     axes.set_xticks(at if len(layers) <= 24 else at[:: max(1, len(layers) // 12)])
     axes.set_ylim(bottom=1 - 0.02 * (axes.get_ylim()[1] - 1))
     axes.grid(axis="x", visible=False)
-    _legend_above(figure, axes, 3)
+    columns = ("before, mean", "before, 95th pct.", "after, mean", "after, 95th pct.", "perfect")
+    _legend_above(figure, axes, 3, columns)
 
 
 def load_per_rank(figure: Figure, records: Sequence[PassRecord]) -> None:
@@ -72,7 +73,7 @@ def load_per_rank(figure: Figure, records: Sequence[PassRecord]) -> None:
 def levers_over_time(figure: Figure, records: Sequence[PassRecord]) -> None:
     """Strips over the passes: what the policy said, what acted, and the phase of the pass."""
     axes = figure.add_subplot()
-    chosen = [record.lever for record in records]
+    chosen = [chosen_lever(record) for record in records]
     acted = [used_lever(record) for record in records]
     _strip(axes, 1.0, chosen)
     _strip(axes, 0.0, acted)
@@ -128,7 +129,8 @@ def _strip(axes: Axes, y: float, names: Sequence[str]) -> None:
 
 def _relative(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     rows_PR = np.array(rows, dtype=np.float64)
-    return rows_PR / rows_PR.mean(axis=1, keepdims=True)
+    mean_P1: NDArray[np.float64] = rows_PR.mean(axis=1, keepdims=True)
+    return rows_PR / mean_P1
 
 
 def _rank_lines(axes: Axes, load_PR: NDArray[np.float64]) -> None:
@@ -154,6 +156,8 @@ def _running_mean(values_P: NDArray[np.float64]) -> NDArray[np.float64]:
     return total / np.convolve(np.ones_like(values_P), kernel, mode="same")
 
 
-def _legend_above(figure: Figure, axes: Axes, num_columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend_above(figure: Figure, axes: Axes, num_columns: int, order: Sequence[str] = ()) -> None:
+    by_label = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    labels = list(order) or list(by_label)
+    handles = [by_label[label] for label in labels]
     figure.legend(handles, labels, loc="outside upper center", ncols=num_columns)

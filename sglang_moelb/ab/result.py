@@ -10,11 +10,7 @@ import msgspec
 SCHEMA = 1
 
 
-class _Row(msgspec.Struct, frozen=True, kw_only=True):
-    pass
-
-
-class Spread(_Row):
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """A number over rounds: the median, the smallest and the largest, and each of them."""
 
     value: float
@@ -23,7 +19,7 @@ class Spread(_Row):
     rounds: list[float]
 
 
-class Latency(_Row):
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """Percentiles in milliseconds, each over the rounds."""
 
     p50: Spread
@@ -31,7 +27,7 @@ class Latency(_Row):
     p99: Spread
 
 
-class Served(_Row):
+class Served(msgspec.Struct, frozen=True, kw_only=True):
     """How one kind of request was served: `all`, `image` or `text`. Token rates are a second."""
 
     kind: str
@@ -47,7 +43,7 @@ class Served(_Row):
     latency_ms: Latency | None
 
 
-class Distance(_Row):
+class Distance(msgspec.Struct, frozen=True, kw_only=True):
     """Absolute differences of the log-probability of the chosen token, both arms choosing it."""
 
     num_tokens: int
@@ -55,7 +51,7 @@ class Distance(_Row):
     max: float
 
 
-class Agreement(_Row):
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Greedy tokens of an arm against those of the first arm, request by request.
 
     `token_share` is the tokens before the first difference over all tokens (of the longer answer).
@@ -71,7 +67,7 @@ class Agreement(_Row):
     logprob_coverage: float  # share of common tokens for which both log-probabilities are known
 
 
-class LayerBalance(_Row):
+class LayerBalance(msgspec.Struct, frozen=True, kw_only=True):
     """Max/mean rows over ranks of one MoE layer, over prefill passes; 1.0 is perfect."""
 
     layer: int
@@ -81,7 +77,7 @@ class LayerBalance(_Row):
     after_p95: float
 
 
-class ReasonCount(_Row):
+class ReasonCount(msgspec.Struct, frozen=True, kw_only=True):
     """How many passes had this lever for this reason. Numbers in the reason are replaced by #."""
 
     lever: str
@@ -91,7 +87,7 @@ class ReasonCount(_Row):
     example: str
 
 
-class Choice(_Row):
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """From `step` on, the policy `epoch` held, with this lever, for this reason."""
 
     step: int
@@ -100,7 +96,7 @@ class Choice(_Row):
     reason: str
 
 
-class Passes(_Row):
+class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """What the server's passes recorded after the warm-up."""
 
     mode: str
@@ -117,8 +113,9 @@ class Passes(_Row):
     rows_ratio_before: float  # rows of the busiest rank, all prefill passes, over the mean rank's
     rows_ratio_after: float
     vision_token_share: float
-    lost_share: float
+    lost_share: float  # of all routed weight, decode included
     moved_share: float
+    lost_share_prefill: float  # of the routed weight of the prefill passes that were seen
     num_dropped_rows: int
     num_added_rows: int
     overhead_share: float  # our own time over the time of the passes
@@ -131,7 +128,7 @@ class Passes(_Row):
     error: str
 
 
-class ArmResult(_Row):
+class ArmResult(msgspec.Struct, frozen=True, kw_only=True):
     """One arm."""
 
     name: str
@@ -148,7 +145,7 @@ class ArmResult(_Row):
     status_error: str
 
 
-class Difference(_Row):
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """A measure of an arm against the first arm, as a share: +0.05 is 5 % more."""
 
     arm: str
@@ -157,7 +154,7 @@ class Difference(_Row):
     within_spread: bool
 
 
-class Conditions(_Row):
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """Where, when and how it was measured."""
 
     date: str
@@ -183,7 +180,7 @@ class Conditions(_Row):
     versions: dict[str, str]
 
 
-class Result(_Row):
+class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The comparison. The first arm is the one that the others are compared with."""
 
     schema: int

@@ -119,7 +119,7 @@ def _wait_ready(server: Server, timeout_s: float, on_wait: Callable[[float], Non
 def _healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
+            return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
 

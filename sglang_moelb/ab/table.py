@@ -14,7 +14,6 @@ from sglang_moelb.ab.wording import (
     difference_of,
     distance_of,
     equal_of,
-    number,
     percent,
     range_of,
     value_of,
@@ -112,7 +111,7 @@ def _acted(passes: Passes) -> str:
 
 
 def _levers(passes: Passes) -> str:
-    return ", ".join(f"{name} {number(n)}" for name, n in passes.num_by_lever.items()) or DASH
+    return ", ".join(f"{name} {n:,}" for name, n in passes.num_by_lever.items()) or DASH
 
 
 def _find(rows: list[Agreement], kind: str) -> Agreement | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +47,7 @@ def lever_colour(lever: str) -> str:
 
 def render(theme: Theme, height_in: float, draw: Callable[[Figure], None]) -> bytes:
     """A PNG of the figure that `draw` fills, in the colours of `theme`."""
-    settings = {
+    settings: dict[Any, Any] = {
         "figure.facecolor": theme.background,
         "axes.facecolor": theme.background,
         "axes.edgecolor": theme.grid,

@@ -78,12 +78,15 @@ class Outcome:
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One forward pass as `GET /moelb/status` lists it under `recent`.
 
-    Balances are max/mean over ranks, 1.0 is perfect; rows are summed over layers.
+    `lever` is the one that acted, `policy_lever` the one that the policy named, which a gate may
+    have held back (`gate_reason`). Balances are max/mean over ranks, 1.0 is perfect; rows are
+    summed over layers.
     """
 
     step: int
     phase: str
     lever: str
+    policy_lever: str = ""
     epoch: int = 0
     reason: str = ""
     gate_reason: str = ""

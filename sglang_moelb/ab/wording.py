@@ -28,11 +28,7 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    if size >= 0.01:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
+    return f"{value:#.3g}" if size >= 0.01 else f"{value:.1e}"
 
 
 def percent(share: float) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_moelb.controller.load import BoolArray, PassLoad, usable_times
-from sglang_moelb.types import FloatArray, IntArray
+from sglang_moelb.types import FloatArray
 
 FIT_PASSES = 64  # older passes would weigh under 4 % of the newest
 FORGETTING = 0.95  # weight of a pass relative to the one after it
@@ -29,10 +29,6 @@ class CostModel:
 
     fixed_ms: float
     ms_per_row: float
-
-    def saved_ms(self, more_rows_L: IntArray, fewer_rows_L: IntArray) -> float:
-        """Time between two loads of the slowest rank, over all layers."""
-        return self.ms_per_row * float((more_rows_L - fewer_rows_L).sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,14 +77,14 @@ def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
     """
     ms_P = np.array([load.record.step_ms for load in loads], dtype=np.float64)
     timed_P = usable_times(ms_P, np.array([load.num_tokens for load in loads], dtype=np.int64))
-    base_ms = moe_ms = 0.0
-    for load, timed, step_ms in zip(loads, timed_P, ms_P, strict=True):
-        if not timed:
-            continue
-        before_L = load.rows_LR.max(axis=1)
-        after_L = load.record.rows_after_LR.max(axis=1)
-        moe_ms += cost.fixed_ms * len(before_L) + cost.ms_per_row * float(before_L.sum())
-        base_ms += float(step_ms) + cost.saved_ms(before_L, after_L)
+    before_P = np.array([load.slowest_rows for load in loads], dtype=np.int64)
+    run_P = np.array([load.slowest_rows_run for load in loads], dtype=np.int64)
+    num_layers = sum(
+        len(load.balance_L) for load, timed in zip(loads, timed_P, strict=True) if timed
+    )
+    moe_ms = cost.fixed_ms * num_layers + cost.ms_per_row * float(before_P[timed_P].sum())
+    saved_ms = cost.ms_per_row * float((before_P - run_P)[timed_P].sum())
+    base_ms = float(ms_P[timed_P].sum()) + saved_ms
     return StepTimes(base_ms=max(base_ms, moe_ms), moe_ms=moe_ms, timed_P=timed_P)
 
 

@@ -1,8 +1,10 @@
 """LoadEstimate -> Decision: is it worth it, which lever, and why or why not.
 
 `none` is a lever like the others and wins unless another one earns its place. In order: the quality
-budget, whether anything is known, gain (`min_gain`; `switch_margin` more to change lever), quality,
-exact levers before lossy ones, and dwell (`min_dwell_passes` between changes).
+budget, whether anything is known, gain, quality, exact levers before lossy ones, and dwell
+(`min_dwell_passes` between changes). To stay, a lever must save `min_gain`; to start or replace
+another, `switch_margin` more, of a gain that counts only as far as the estimate is trusted: loads
+that come and go lower the confidence, so the two thresholds move apart where noise would flap.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     paying = [f for f in estimate.forecasts if _pays(f, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
     best = _best(allowed, config)
-    if current and current in allowed and best and not _worth_a_change(best, current, config):
+    if current in allowed and not _worth_a_change(best, current, estimate, config):
         return _take(current, f"keeping {reasons.name(current.lever)}: {reasons.gains(current)}")
     to_lever = best.lever if best else Lever.NONE
     wait = config.controller.min_dwell_passes - standing.dwell_passes
@@ -125,18 +127,16 @@ def _bound(estimate: LoadEstimate) -> float:
     return estimate.moe_share * (1.0 - 1.0 / float(estimate.balance_L.mean()))
 
 
-def _needed(lever: Lever, config: Config, standing: Standing) -> float:
-    limits = config.controller
-    return limits.min_gain + (0.0 if lever == standing.lever else limits.switch_margin)
-
-
 def _pays(
     forecast: LeverForecast, estimate: LoadEstimate, config: Config, standing: Standing
 ) -> bool:
     # A lossy lever also makes a balanced load cheaper, by doing less of it; that is not what the
     # user asked for, so a gain counts only as far as balance could have brought it.
     gain = min(forecast.gain, _bound(estimate))
-    return gain > 0.0 and gain >= _needed(forecast.lever, config, standing)
+    limits = config.controller
+    if forecast.lever == standing.lever:
+        return gain > 0.0 and gain >= limits.min_gain
+    return gain > 0.0 and gain * estimate.confidence >= limits.min_gain + limits.switch_margin
 
 
 def _affordable(forecast: LeverForecast, config: Config, standing: Standing) -> bool:
@@ -156,10 +156,13 @@ def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast |
     return min((f for f in rivals if f.gain >= top), key=lambda f: (f.lost_mass_share, -f.gain))
 
 
-def _worth_a_change(best: LeverForecast, current: LeverForecast, config: Config) -> bool:
+def _worth_a_change(
+    best: LeverForecast, current: LeverForecast, estimate: LoadEstimate, config: Config
+) -> bool:
     if TIER[best.lever] != TIER[current.lever]:
         return True
-    return best.gain > current.gain + config.controller.switch_margin
+    more = (best.gain - current.gain) * estimate.confidence
+    return more > config.controller.switch_margin
 
 
 def _find(forecasts: Sequence[LeverForecast], lever: Lever) -> LeverForecast | None:

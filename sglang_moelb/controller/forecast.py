@@ -54,6 +54,7 @@ class Projection:
     max_rows_L: IntArray  # rows of the fullest rank
     balance: float  # mean over layers of max/mean rank rows
     dropped_share: float  # dropped rows as a share of all rows
+    slowest_rows: int  # the sum of max_rows_L
 
 
 def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Projection, ...]:
@@ -70,15 +71,7 @@ def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Proje
     left = {Lever.DROP: load.rows_LR - dropped_LR}
     room_LG = np.maximum(capacity_LG - kept_LG, 0)
     left[Lever.EXPAND] = left[Lever.DROP] + _filled(load, room_LG, topology, capacity)
-    return tuple(
-        Projection(
-            lever=lever,
-            max_rows_L=left[lever].max(axis=1),
-            balance=float(balance(left[lever]).mean()),
-            dropped_share=dropped_share,
-        )
-        for lever in FORECAST_LEVERS
-    )
+    return tuple(_projection(lever, left[lever], dropped_share) for lever in FORECAST_LEVERS)
 
 
 def forecast(
@@ -102,6 +95,17 @@ def forecast(
     return tuple(_forecast_one(loads, list(ps), cost, times, loss, capacity) for ps in by_lever)
 
 
+def _projection(lever: Lever, left_LR: IntArray, dropped_share: float) -> Projection:
+    max_rows_L = left_LR.max(axis=1)
+    return Projection(
+        lever=lever,
+        max_rows_L=max_rows_L,
+        balance=float(balance(left_LR).mean()),
+        dropped_share=dropped_share,
+        slowest_rows=int(max_rows_L.sum()),
+    )
+
+
 def _forecast_one(
     loads: Sequence[PassLoad],
     projections: Sequence[Projection],
@@ -111,8 +115,8 @@ def _forecast_one(
     capacity: Policy,
 ) -> LeverForecast:
     lever = projections[0].lever
-    saved_ms = sum(
-        cost.saved_ms(load.rows_LR.max(axis=1), projection.max_rows_L)
+    spared_rows = sum(
+        load.slowest_rows - projection.slowest_rows
         for load, projection, timed in zip(loads, projections, times.timed_P, strict=True)
         if timed
     )
@@ -120,7 +124,7 @@ def _forecast_one(
     return LeverForecast(
         lever=lever,
         balance=float(np.mean([p.balance for p in projections])),
-        gain=saved_ms / times.base_ms if times.base_ms > 0.0 else 0.0,
+        gain=cost.ms_per_row * spared_rows / times.base_ms if times.base_ms > 0.0 else 0.0,
         lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric),
     )
 

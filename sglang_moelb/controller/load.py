@@ -24,16 +24,18 @@ OUTLIER = 5.0  # times the median; a compile in the first passes is far above
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassLoad:
-    """One pass of the window: rows per rank before any lever, and max/mean of them."""
+    """One pass of the window: rows per rank before any lever, and max/mean of them.
+
+    `num_tokens` is over all ranks; `slowest_rows` the rows of the fullest rank, added up over
+    layers, before any lever, and `slowest_rows_run` after the one that acted.
+    """
 
     record: StepRecord
     rows_LR: IntArray
     balance_L: FloatArray
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens over all ranks."""
-        return int(self.record.num_tokens_R.sum())
+    num_tokens: int
+    slowest_rows: int
+    slowest_rows_run: int
 
 
 def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
@@ -53,7 +55,14 @@ def load_of(record: StepRecord, topology: Topology) -> PassLoad:
     assert record.rows_after_LR.shape == (topology.num_layers, topology.num_ranks)
     rows_LE = record.rows_LEM.sum(axis=2)
     rows_LR = rows_LE.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
-    return PassLoad(record=record, rows_LR=rows_LR, balance_L=balance(rows_LR))
+    return PassLoad(
+        record=record,
+        rows_LR=rows_LR,
+        balance_L=balance(rows_LR),
+        num_tokens=int(record.num_tokens_R.sum()),
+        slowest_rows=int(rows_LR.max(axis=1).sum()),
+        slowest_rows_run=int(record.rows_after_LR.max(axis=1).sum()),
+    )
 
 
 def balance(rows_LR: IntArray) -> FloatArray:
@@ -75,7 +84,7 @@ def mean_balance(loads: Sequence[PassLoad], num_layers: int) -> FloatArray:
     """
     if not loads:
         return np.ones(num_layers)
-    balance_L: FloatArray = np.mean([load.balance_L for load in loads], axis=0)
+    balance_L: FloatArray = np.stack([load.balance_L for load in loads]).mean(axis=0)
     return balance_L
 
 
@@ -87,7 +96,7 @@ def confidence(loads: Sequence[PassLoad]) -> float:
     """
     if not loads:
         return 0.0
-    balances = np.array([load.balance_L.mean() for load in loads])
+    balances = np.stack([load.balance_L for load in loads]).mean(axis=1)
     spread = float(balances.std() / balances.mean())
     return full_confidence(len(loads)) / (1.0 + spread)
 

@@ -40,7 +40,7 @@ def balanced(estimate: LoadEstimate, config: Config, current: Lever, bound: floa
     below = f"below min_gain {percent(limits.min_gain)}"
     if best.lever != current and min(best.gain, bound) >= limits.min_gain:
         below += f" plus switch_margin {percent(limits.switch_margin)}"
-        return f"not worth a change: {would}, {below}"
+        return f"not worth a change: {would} (confidence {estimate.confidence:.2f}), {below}"
     return f"balanced: {would}, {below}"
 
 

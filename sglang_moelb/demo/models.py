@@ -1,17 +1,9 @@
 """Tiny mixture-of-experts checkpoints with tokenizer and processor, made from a seed.
 
 Three kinds: "text" (Qwen3-MoE), "vl" (Qwen3-VL-MoE with three deepstack layers) and "deepseek"
-(DeepSeek-V2: latent attention, a dense first layer, a shared expert). They mean nothing, but behave
-as the tests and the demo need:
-
-- Greedy output is varied and printable: weights of 0.12 and embeddings of 1.0 (transformers' own
-  initialisation repeats one token), and output rows of zero for everything but printable ASCII.
-- The router is skewed. One direction of the hidden space says "image" or "text": the vision tower's
-  output biases point along it, the token embeddings against it. In each MoE layer the gate rows of
-  most experts of one half lean towards the direction, those of the other half against it, and the
-  favoured half alternates from layer to layer. So image tokens crowd on one half of the experts
-  and text tokens, less so, on the other: at EP 2 the busier rank has 1.3 to 1.8 times the mean
-  load on image prompts, and which rank it is depends on the layer and on the mix of the batch.
+(DeepSeek-V2: latent attention, a dense first layer, a shared expert). They mean nothing, but
+their greedy output is varied and printable, and their routers are skewed so that a balancer has
+work to do: see `weights`.
 
 Runs on the host and needs transformers; a few seconds a model.
 """
@@ -27,7 +19,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
@@ -40,13 +31,14 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from sglang_moelb.demo.weights import HIDDEN_SIZE, draw_weights, transpose_fused_experts
+
 
 Kind = Literal["text", "vl", "deepseek"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VERSION = 1  # raise it with any change of what is written
 MARKER = "moelb_model.json"
 
-HIDDEN_SIZE = 128
 EXPERT_SIZE = 128
 CONTEXT_LENGTH = 4096
 SPECIAL_TOKENS = (
@@ -59,14 +51,6 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 VOCAB_SIZE = 256 + 8  # the bytes, the special tokens, rounded up to a multiple of 8
-WEIGHT_STD = 0.12
-QUERY_SCALE = 3.0  # sharp attention: what comes next depends on the whole context
-ATTENTION_SHARE = 0.5  # of the residual stream: otherwise all tokens of a context grow alike
-IMAGE_LEAN = 1.4  # how far image embeddings lie along the direction, in their own spread
-TEXT_LEAN = 0.25  # how far token embeddings lie against it
-GATE_LEAN = 0.15  # how far gate rows of layer 0 lean, in the unit of WEIGHT_STD
-DEPTH_LEAN = 0.6  # how much further in each layer, relative to layer 0
-FAVOURED_SHARE = 0.75  # of the experts of the favoured half lean towards it
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -156,13 +140,13 @@ def _write(recipe: _Recipe, folder: Path, dtype: torch.dtype) -> None:
     tokenizer = make_tokenizer()
     model = _MAKERS[recipe.kind](recipe, tokenizer)
     generator = torch.Generator().manual_seed(recipe.seed)
-    _draw_weights(model, tokenizer, generator)
+    draw_weights(model, tokenizer, generator)
     model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if recipe.kind == "vl":
-        _transpose_fused_experts(folder)
+        transpose_fused_experts(folder)
         _make_processor(tokenizer).save_pretrained(folder)
 
 
@@ -251,58 +235,6 @@ def _qwen3_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[st
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-
-
-def _draw_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
-) -> None:
-    """Fill every matrix in the order of its name, then lean embeddings, gates and vision biases."""
-    direction_H = torch.randn(HIDDEN_SIZE, generator=generator).sign()
-    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ"]
-    printable = tokenizer.convert_tokens_to_ids(alphabet)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, WEIGHT_STD, generator=generator)
-            if name.endswith("embed_tokens.weight"):
-                parameter.div_(WEIGHT_STD).sub_(TEXT_LEAN * direction_H)
-            elif name.endswith("lm_head.weight"):
-                keep = torch.zeros(parameter.shape[0], 1)
-                keep[printable] = 1.0
-                parameter.mul_(keep)
-            elif name.endswith("q_norm.weight"):  # Qwen normalises queries, so it scales here
-                parameter.fill_(QUERY_SCALE)
-            elif name.endswith("q_proj.weight"):
-                parameter.mul_(QUERY_SCALE)
-            elif name.endswith("o_proj.weight"):
-                parameter.mul_(ATTENTION_SHARE)
-            elif name.endswith("mlp.gate.weight"):
-                parameter.add_(_gate_lean(name, parameter.shape[0]) * direction_H)
-            elif "visual" in name and name.endswith("linear_fc2.bias") and "merger" in name:
-                parameter.copy_(IMAGE_LEAN * direction_H)
-
-
-def _gate_lean(name: str, num_experts: int) -> torch.Tensor:
-    """[E, 1]: how far each gate row of the layer called `name` leans along the direction."""
-    layer = int(name.split("layers.")[1].split(".")[0])
-    half = num_experts // 2
-    num_towards = round(FAVOURED_SHARE * half)
-    favoured = torch.full((half,), -1.0)
-    favoured[:num_towards] = 1.0
-    halves = (favoured, -favoured) if layer % 2 == 0 else (-favoured, favoured)
-    # The residual stream grows with depth, and the direction's share of it shrinks.
-    lean = GATE_LEAN * WEIGHT_STD * (1.0 + DEPTH_LEAN * layer)
-    return lean * torch.cat(halves).unsqueeze(1)
-
-
-def _transpose_fused_experts(folder: Path) -> None:
-    """From [E, out, in], as a fresh model is saved, to the released checkpoints' [E, in, out]."""
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                tensors[name] = tensor.transpose(1, 2).contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _make_processor(tokenizer: PreTrainedTokenizerFast) -> object:

@@ -18,7 +18,7 @@ from sglang_moelb.ep.macs import Cut, MacsState, reroute
 from sglang_moelb.kernels.count_experts import KeyRule, count_experts
 from sglang_moelb.kernels.cut_tokens import cut_tokens
 from sglang_moelb.kernels.plan_cuts import plan_cuts
-from sglang_moelb.kernels.row_layout import AMOUNT_ONE, NUM_COUNTS, NUM_HEADER
+from sglang_moelb.kernels.row_layout import AMOUNT_ONE, MASS_ONE, NUM_COUNTS, NUM_HEADER
 from sglang_moelb.kernels.token_amounts import token_amounts
 from sglang_moelb.kernels.widen_candidates import widen_candidates
 from sglang_moelb.types import Level, Lever, Rule, Scope, Topology
@@ -65,7 +65,7 @@ class LayerBalancer:
         With `Lever.NONE` ids and weights are returned as they came, the very same tensors.
         """
         if lever is Lever.NONE:
-            return self._observe_only(routed)
+            return self._observe_only(routed, agreed)
         policy = agreed.policy
         topology = self._topology
         ids_TC, weights_TC = self._candidates(routed, agreed, lever)
@@ -135,7 +135,7 @@ class LayerBalancer:
             changed=True,
         )
 
-    def _observe_only(self, routed: LayerInput) -> LayerOutcome:
+    def _observe_only(self, routed: LayerInput, agreed: Agreed) -> LayerOutcome:
         row_W, _ = count_experts(
             routed.ids_TK,
             routed.weights_TK,
@@ -149,7 +149,8 @@ class LayerBalancer:
             ids_TC=routed.ids_TK,
             weights_TC=routed.weights_TK,
             counts_RW=self._exchange.gather(row_W),
-            stats_8=None,
+            # What passes without a lever route counts for the share that others lost.
+            stats_8=_routed_mass(routed) if agreed.phase == "prefill" else None,
             changed=False,
         )
 
@@ -201,6 +202,14 @@ def group_capacity(topology: Topology, agreed: Agreed, rank: int) -> int:
         num_groups_of(topology, policy.level),
     )
     return rows * AMOUNT_ONE if policy.rule is Rule.MACS else rows
+
+
+def _routed_mass(routed: LayerInput) -> torch.Tensor:
+    """The statistics of `cut_tokens` for a layer that was left alone, int64 `[8]`."""
+    stats_8 = torch.zeros(8, dtype=torch.int64, device=routed.weights_TK.device)
+    routed_TK = routed.weights_TK * (routed.ids_TK >= 0)
+    stats_8[0] = (routed_TK.sum(dtype=torch.float64) * MASS_ONE).round()
+    return stats_8
 
 
 def _scores(routed: LayerInput) -> torch.Tensor:

@@ -10,6 +10,10 @@ from sglang_moelb import config as configuration
 from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.ep.runtime import KNOB_PREFIX
 
+DEAD = (
+    "the controller thread is dead and the server serves in mode none; nothing was changed. "
+    "Restart the server to use a lever again"
+)
 NO_CONTROLLER = "no rank answers with a controller; see the server's log"
 
 
@@ -42,26 +46,20 @@ class Routes:
             wanted = configuration.merge(self._config, changes)
         except ConfigError as error:
             return 400, {"error": str(error)}
-        refused = await self._send(wanted)
-        if refused:
-            return 503, {"error": refused}
+        state = (await self.status()).get("controller", {}).get("state", "gone")
+        if state in ("dead", "gone"):
+            return 503, {"error": DEAD}
+        numbers = {KNOB_PREFIX + k: v for k, v in configuration.to_numbers(wanted).items()}
+        if not await self._send(numbers):
+            return 503, {"error": "not every rank took the change; see the server's log"}
         self._config = wanted
         return 200, {"config": msgspec.to_builtins(wanted)}
 
-    async def _send(self, config: Config) -> str:
+    async def _send(self, numbers: dict[str, int | float]) -> bool:
         from sglang.srt.managers.io_struct import SetInternalStateReq
 
-        numbers = {KNOB_PREFIX + k: v for k, v in configuration.to_numbers(config).items()}
-        updated = await self._manager.set_internal_state(SetInternalStateReq(server_args=numbers))
-        if not all(updated):
-            return "not every rank took the change; see the server's log"
-        state = (await self.status()).get("controller", {}).get("state", "gone")
-        if state == "dead":
-            return (
-                "the controller thread is dead and the server serves in mode none; restart the "
-                "server to use a lever again"
-            )
-        return ""
+        request = SetInternalStateReq(server_args=numbers)
+        return all(await self._manager.set_internal_state(request))
 
 
 def add_routes(app: Any, tokenizer_manager: Any, config: Config) -> None:

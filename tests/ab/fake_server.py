@@ -82,7 +82,8 @@ def _pass(step: int, phase: str, dropped: bool) -> dict[str, Any]:
     return {
         "step": step,
         "phase": phase,
-        "lever": "drop",
+        "lever": "none" if gate else "drop",
+        "policy_lever": "drop",
         "epoch": 1 + step // 40,
         "reason": f"gain 0.0{5 + step % 3}",
         "gate_reason": gate,

@@ -63,7 +63,9 @@ def test_a_policy_comes_back_from_its_words(policy: Policy) -> None:
 
 
 def test_a_whole_number_given_for_a_factor_travels_as_one() -> None:
-    assert encode(Policy(epoch=0, capacity_factor=2)) == encode(Policy(epoch=0, capacity_factor=2.0))
+    assert encode(Policy(epoch=0, capacity_factor=2)) == encode(
+        Policy(epoch=0, capacity_factor=2.0)
+    )
 
 
 def test_the_reason_does_not_travel() -> None:

@@ -48,7 +48,8 @@ C_PROTECTED_ROWS = tl.constexpr(row_layout.C_PROTECTED_ROWS)
 C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
 C_CUTTABLE_AMOUNT = tl.constexpr(row_layout.C_CUTTABLE_AMOUNT)
 
-METRIC_BITS = tl.constexpr(keys.METRIC_BITS)
+HASH_SHIFT = tl.constexpr(32 - keys.METRIC_BITS)
+PREFERRED = tl.constexpr(1 << keys.METRIC_BITS)
 MAX_METRIC = tl.constexpr(keys.MAX_METRIC)
 SCORE_ORIGIN_BITS = tl.constexpr(keys.SCORE_ORIGIN_BITS)
 SCORE_SHIFT = tl.constexpr(keys.SCORE_SHIFT)
@@ -81,7 +82,7 @@ def _random_metric(token, expert, seed):
     word ^= word >> 13
     word *= HASH_MIX_2
     word ^= word >> 16
-    return (word >> (32 - METRIC_BITS)).to(tl.int32)
+    return (word >> HASH_SHIFT).to(tl.int32)
 
 
 @triton.jit
@@ -98,9 +99,9 @@ def _keys(ids, token, amount, vision, weights_at, mask, num_tokens, seed, METRIC
         if METRIC == ORDER:
             metric = MAX_METRIC - metric
     if PREFERENCE == IMAGE_FIRST:
-        metric += tl.where(vision, 0, 1 << METRIC_BITS)
+        metric += tl.where(vision, 0, PREFERRED)
     elif PREFERENCE == TEXT_FIRST:
-        metric += tl.where(vision, 1 << METRIC_BITS, 0)
+        metric += tl.where(vision, PREFERRED, 0)
     return tl.where(mask, metric, 0)
 
 

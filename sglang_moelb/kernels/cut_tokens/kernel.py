@@ -33,6 +33,7 @@ SCAN_ENTRIES = 8192
 
 BIN_SHIFT = tl.constexpr(row_layout.BIN_SHIFT)
 BIN_KEYS = tl.constexpr(1 << row_layout.BIN_SHIFT)
+LAST_BIN_KEY = tl.constexpr((1 << row_layout.BIN_SHIFT) - 1)
 KEY_BITS = tl.constexpr(row_layout.KEY_BITS)
 FLAG_PROTECTED = tl.constexpr(row_layout.FLAG_PROTECTED)
 FLAG_VISION = tl.constexpr(row_layout.FLAG_VISION)
@@ -117,17 +118,16 @@ def _find(
     if cut_bin >= 0:
         quota = tl.load(quota_ptr + group)
         # Keys lie in descending order here, so that a running sum is a sum from the top.
-        low_bits = BIN_KEYS - 1 - tl.arange(0, BIN_KEYS)
+        low_bits = LAST_BIN_KEY - tl.arange(0, BIN_KEYS)
         sums = tl.load(sums_ptr + group * BIN_KEYS + low_bits)
         from_top = tl.cumsum(sums, axis=0)
-        place = tl.sum((from_top <= quota).to(tl.int32))
-        at_cut = tl.arange(0, BIN_KEYS) == place
-        left = tl.sum(tl.where(at_cut, quota - (from_top - sums), 0))
-        # A place past the last key makes the mark one below the bin: all that waits is kept.
-        target = (group << KEY_BITS) + (cut_bin << BIN_SHIFT) + BIN_KEYS - 1 - place
+        cut_low_bits = tl.sum((from_top > quota).to(tl.int32)) - 1
+        left = tl.sum(tl.where(low_bits == cut_low_bits, quota - (from_top - sums), 0))
+        # Where all that waits fits, -1 makes this mark one below the bin, so that all is kept.
+        target = (group << KEY_BITS) + (cut_bin << BIN_SHIFT) + cut_low_bits
         tl.store(last_mark_ptr + group, target)
         end = tl.zeros([], tl.int64)
-        if (place < BIN_KEYS) & (left > 0):
+        if (cut_low_bits >= 0) & (left > 0):
             start = tl.zeros([], tl.int64)
             entry = tl.arange(0, SCAN_ENTRIES)
             amounts = _matching(

@@ -25,16 +25,18 @@ from sglang_moelb.kernels.plan_cuts.ref import DIGIT_BITS, check_plan
 TILE_ROWS = 16  # histograms of 64 bins that a program has in registers at a time
 
 NUM_BINS = tl.constexpr(row_layout.NUM_BINS)
+LAST_BIN = tl.constexpr(row_layout.NUM_BINS - 1)
 NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
 NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
 C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
 DIGIT = tl.constexpr(DIGIT_BITS)
+DIGIT_MASK = tl.constexpr((1 << DIGIT_BITS) - 1)
 
 
 @triton.jit
 def _share(amount, part, whole):
     high = amount * (part >> DIGIT)
-    low = amount * (part & ((1 << DIGIT) - 1))
+    low = amount * (part & DIGIT_MASK)
     return ((high // whole) << DIGIT) + (((high % whole) << DIGIT) + low) // whole
 
 
@@ -53,7 +55,7 @@ def _plan(
 ):
     group = tl.program_id(0)
     # Bins lie in descending order here, so that a running sum is a sum from the top.
-    bins = NUM_BINS - 1 - tl.arange(0, NUM_BINS)[None, :]
+    bins = LAST_BIN - tl.arange(0, NUM_BINS)
     total = tl.zeros([NUM_BINS], tl.int64)
     before = tl.zeros([NUM_BINS], tl.int64)
     mine = tl.zeros([NUM_BINS], tl.int64)
@@ -65,7 +67,7 @@ def _plan(
         expert = group * GROUP_SIZE + item % GROUP_SIZE
         row = rows_ptr + rank.to(tl.int64) * row_stride + NUM_HEADER
         amounts = tl.load(
-            row[:, None] + NUM_EXPERTS * NUM_COUNTS + expert[:, None] * NUM_BINS + bins,
+            row[:, None] + NUM_EXPERTS * NUM_COUNTS + expert[:, None] * NUM_BINS + bins[None, :],
             mask=inside[:, None],
             other=0,
         ).to(tl.int64)
@@ -78,8 +80,8 @@ def _plan(
 
     room = tl.maximum(tl.load(capacity_ptr + group) - tl.sum(protected), 0)
     from_top = tl.cumsum(total, axis=0)
-    place = tl.sum((from_top <= room).to(tl.int32))
-    at_cut = tl.arange(0, NUM_BINS) == place
+    cut_bin = tl.sum((from_top > room).to(tl.int32)) - 1
+    at_cut = bins == cut_bin
     # Where nothing is cut no bin is at the cut: all sums below are 0, and so is the quota.
     whole = tl.sum(tl.where(at_cut, total, 0))
     left = tl.sum(tl.where(at_cut, room - (from_top - total), 0))
@@ -87,7 +89,7 @@ def _plan(
     part_through = part_before + tl.sum(tl.where(at_cut, mine, 0))
     whole = tl.maximum(whole, 1)
     quota = _share(left, part_through, whole) - _share(left, part_before, whole)
-    tl.store(cut_bin_ptr + group, NUM_BINS - 1 - place)
+    tl.store(cut_bin_ptr + group, cut_bin)
     tl.store(quota_ptr + group, quota.to(tl.int32))
 
 
