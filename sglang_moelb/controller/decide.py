@@ -77,7 +77,7 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     paying = [f for f in estimate.forecasts if _pays(f, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
     best = _best(allowed, config)
-    if current in allowed and not _worth_a_change(best, current, estimate, config):
+    if current and best and current in allowed and not _outdoes(best, current, estimate, config):
         return _take(current, f"keeping {reasons.name(current.lever)}: {reasons.gains(current)}")
     to_lever = best.lever if best else Lever.NONE
     wait = config.controller.min_dwell_passes - standing.dwell_passes
@@ -156,7 +156,7 @@ def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast |
     return min((f for f in rivals if f.gain >= top), key=lambda f: (f.lost_mass_share, -f.gain))
 
 
-def _worth_a_change(
+def _outdoes(
     best: LeverForecast, current: LeverForecast, estimate: LoadEstimate, config: Config
 ) -> bool:
     if TIER[best.lever] != TIER[current.lever]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def levers(effects: list[Effects]) -> set[Lever]:
 
 
 def pairs(effects: list[Effects]) -> list[tuple[Effects, Effects]]:
-    return list(zip(effects, effects[1:], strict=False))
+    return list(pairwise(effects))
 
 
 def test_constant_load_is_a_fixed_point() -> None:

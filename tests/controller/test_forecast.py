@@ -1,4 +1,4 @@
-"""Laws of the projections and forecasts. Shape letters: L MoE layers, E logical experts, R ranks."""
+"""Laws of the projections and forecasts. Shape letters: E logical experts, L MoE layers."""
 
 from __future__ import annotations
 

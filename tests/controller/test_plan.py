@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def brute_force(amounts_RB: np.ndarray, room: int) -> tuple[int, list[int]]:
         left -= sum(held)
     until = list(accumulate(held, initial=0))
     shares = [left * c // until[-1] for c in until]
-    return cut_bin, [after - before for before, after in zip(shares, shares[1:], strict=False)]
+    return cut_bin, [after - before for before, after in pairwise(shares)]
 
 
 def test_the_worked_example_of_the_docstring() -> None:

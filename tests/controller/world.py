@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def observe(controller: Controller, records: Iterable[StepRecord]) -> list[Effec
 def num_moves(effects: Sequence[Effects]) -> int:
     """How often the lever changed."""
     levers = [e.policy.lever for e in effects]
-    return sum(a != b for a, b in zip(levers, levers[1:], strict=False))
+    return sum(a != b for a, b in pairwise(levers))
 
 
 def without_times(one: StepRecord) -> StepRecord:

@@ -192,6 +192,27 @@ def test_ties_are_kept_by_flat_index_up_to_the_quota(
         )
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ties_are_kept_by_flat_index_far_into_a_large_batch(
+    cut_tokens: Callable, weighted: bool
+) -> None:
+    case = random_routing(5000, 4, 4, seed=3, weighted=weighted)
+    num_rows = int((case.ids_TC >= 2).sum())
+    quota_G = torch.tensor([0, num_rows * 8 // 10 * (128 if weighted else 1)])
+    assert_cuts(
+        cut_tokens,
+        case.ids_TC,
+        case.weights_TC,
+        torch.full((5000, 4), BIN_20, dtype=torch.int32),
+        case.flags_T,
+        case.amounts_T,
+        torch.tensor([-1, 20], dtype=torch.int32),
+        quota_G.int(),
+        num_experts=4,
+        topk=3,
+    )
+
+
 def test_all_tokens_on_the_last_expert_of_256(cut_tokens: Callable) -> None:
     ids_TC = torch.full((70, 2), 255)
     weights_TC = torch.full((70, 2), 0.5)

@@ -63,6 +63,9 @@ RANDOM = tl.constexpr(int(Metric.RANDOM))
 IMAGE_FIRST = tl.constexpr(int(Preference.IMAGE_FIRST))
 TEXT_FIRST = tl.constexpr(int(Preference.TEXT_FIRST))
 NO_KEYS = tl.constexpr(-1)
+# A tile counts tokens of 4 classes: 0 text, 1 vision, 2 protected text, 3 protected vision.
+NUM_CLASSES = tl.constexpr(4)
+PROTECTED_CLASS = tl.constexpr(2)
 
 
 @triton.jit
@@ -105,6 +108,11 @@ def _keys(ids, token, amount, vision, weights_at, mask, num_tokens, seed, METRIC
     return tl.where(mask, metric, 0)
 
 
+@triton.jit
+def _add(at, values):
+    tl.atomic_add(at, values, mask=values != 0, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["num_tokens", "ids_stride", "weights_stride", "seed"])
 def _count(
     ids_ptr,
@@ -125,6 +133,7 @@ def _count(
     PREFERENCE: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     column = tl.arange(0, TILE_COLUMNS)[None, :]
@@ -151,16 +160,43 @@ def _count(
     tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
 
     valid = (ids >= 0) & (ids < NUM_EXPERTS)
-    counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
+    cuttable = valid & (protected == 0)[:, None]
     one = tl.full([TILE_TOKENS, TILE_COLUMNS], 1, tl.int32)
     amounts = one * amount[:, None]
-    modality = tl.where(vision, C_VISION_ROWS, C_TEXT_ROWS)[:, None]
-    tl.atomic_add(counts_at + modality, one, mask=valid & routed, sem="relaxed")
-    fixed = valid & routed & protected[:, None]
-    tl.atomic_add(counts_at + C_PROTECTED_ROWS, one, mask=fixed, sem="relaxed")
-    tl.atomic_add(counts_at + C_PROTECTED_AMOUNT, amounts, mask=fixed, sem="relaxed")
-    cuttable = valid & (protected == 0)[:, None]
-    tl.atomic_add(counts_at + C_CUTTABLE_AMOUNT, amounts, mask=cuttable, sem="relaxed")
+
+    # Rows of hot experts meet in a histogram of the tile first: one atomic a tile, not one a row.
+    token_class = vision.to(tl.int32) + PROTECTED_CLASS * protected.to(tl.int32)
+    codes = token_class[:, None] * TILE_EXPERTS + tl.where(valid, ids, 0)
+    rows = tl.histogram(
+        tl.reshape(codes, [TILE_TOKENS * TILE_COLUMNS]),
+        NUM_CLASSES * TILE_EXPERTS,
+        mask=tl.reshape(valid & routed, [TILE_TOKENS * TILE_COLUMNS]),
+    )
+    rows = tl.reshape(rows, [NUM_CLASSES, TILE_EXPERTS])
+    of_class = tl.arange(0, NUM_CLASSES)[:, None]
+    expert = tl.arange(0, TILE_EXPERTS)
+    counts_at = row_ptr + NUM_HEADER + expert * NUM_COUNTS
+    text_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 0, rows, 0), axis=0)
+    vision_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 1, rows, 0), axis=0)
+    free_rows = tl.sum(tl.where(of_class < PROTECTED_CLASS, rows, 0), axis=0)
+    fixed_rows = text_rows + vision_rows - free_rows
+    _add(counts_at + C_TEXT_ROWS, text_rows)
+    _add(counts_at + C_VISION_ROWS, vision_rows)
+    _add(counts_at + C_PROTECTED_ROWS, fixed_rows)
+    entry_counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
+    if HAS_AMOUNTS:
+        fixed = valid & routed & protected[:, None]
+        fixed_at = entry_counts_at + C_PROTECTED_AMOUNT
+        tl.atomic_add(fixed_at, amounts, mask=fixed, sem="relaxed")
+        cuttable_at = entry_counts_at + C_CUTTABLE_AMOUNT
+        tl.atomic_add(cuttable_at, amounts, mask=cuttable, sem="relaxed")
+    else:
+        _add(counts_at + C_PROTECTED_AMOUNT, fixed_rows)
+        _add(counts_at + C_CUTTABLE_AMOUNT, free_rows)
+        if NUM_COLUMNS > TOPK:
+            extra = cuttable & (column >= TOPK)
+            cuttable_at = entry_counts_at + C_CUTTABLE_AMOUNT
+            tl.atomic_add(cuttable_at, one, mask=extra, sem="relaxed")
 
     if METRIC != NO_KEYS:
         weights_at = weights_ptr + token[:, None] * weights_stride + column
@@ -229,6 +265,7 @@ def count_experts(
         PREFERENCE=0 if key_rule is None else int(key_rule.preference),
         TILE_TOKENS=tile_tokens,
         TILE_COLUMNS=tile_columns,
+        TILE_EXPERTS=triton.next_power_of_2(num_experts),
         num_warps=8,
     )
     return row_W, keys_TC

@@ -1,0 +1,181 @@
+"""Servers for the end-to-end tests: one at a time, on CPU, started when a test first asks.
+
+A test asks with the `serve` fixture: `serve("vl", "--moelb-mode", "observe")`. The server of the
+last call stays up for the next test that asks for the same, and is ended before another starts, so
+that memory stays bounded and the order of tests decides how many starts there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from sglang_moelb.demo.models import Kind, write_model
+from sglang_moelb.ep.standin.launch import A2A, cpu_environment, cpu_server_args
+
+READY_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 10.0
+POLL_S = 0.25
+LOG_TAIL_CHARS = 6000
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers at `url` and logs to `log`."""
+
+    url: str
+    log: Path
+    model: Path
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> None:
+        """End the server's whole process group and wait until it is gone."""
+        for sign, timeout_s in ((signal.SIGTERM, END_TIMEOUT_S), (signal.SIGKILL, END_TIMEOUT_S)):
+            if _group_exists(self.process.pid):
+                os.killpg(self.process.pid, sign)
+            deadline_s = time.monotonic() + timeout_s
+            while time.monotonic() < deadline_s:
+                self.process.poll()
+                if not _group_exists(self.process.pid):
+                    return
+                time.sleep(POLL_S)
+
+    def tail(self) -> str:
+        """The end of the log, for a message."""
+        return f"end of {self.log}:\n{self.log.read_text(errors='replace')[-LOG_TAIL_CHARS:]}"
+
+
+Serve: TypeAlias = Callable[..., Server]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What tells one server from another."""
+
+    kind: Kind
+    flags: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    ranks: int
+    a2a: A2A
+    attention_dp: bool
+
+
+class _Servers:
+    """At most one server, kept until another is wanted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num_started = 0
+        self._wanted: _Wanted | None = None
+        self._server: Server | None = None
+
+    def get(self, wanted: _Wanted) -> Server:
+        if self._server is not None and self._wanted == wanted:
+            if self._server.process.poll() is None:
+                return self._server
+        self.close()
+        self._num_started += 1
+        log = self._folder / f"server{self._num_started}.log"
+        model = write_model(wanted.kind, self._folder / wanted.kind)
+        self._server = _start(wanted, model, log)
+        self._wanted = wanted
+        try:
+            _wait_until_ready(self._server)
+        except BaseException:
+            self.close()
+            raise
+        return self._server
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """`serve(model_kind, *flags, env=None, ranks=2, a2a="deepep", attention_dp=True) -> Server`.
+
+    Further flags are SGLang's and win over the defaults; `env` is laid over the environment.
+    Raises RuntimeError with the end of the log when the server dies or is not ready in time.
+    """
+    servers = _Servers(tmp_path_factory.mktemp("servers"))
+
+    def get(
+        model_kind: Kind,
+        *flags: str,
+        env: Mapping[str, str] | None = None,
+        ranks: int = 2,
+        a2a: A2A = "deepep",
+        attention_dp: bool = True,
+    ) -> Server:
+        return servers.get(
+            _Wanted(
+                kind=model_kind,
+                flags=flags,
+                env=tuple(sorted((env or {}).items())),
+                ranks=ranks,
+                a2a=a2a,
+                attention_dp=attention_dp,
+            )
+        )
+
+    yield get
+    servers.close()
+
+
+def _start(wanted: _Wanted, model: Path, log: Path) -> Server:
+    port = _free_port()
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    command += cpu_server_args(wanted.ranks, wanted.a2a, attention_dp=wanted.attention_dp)
+    command += ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += wanted.flags
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **cpu_environment(wanted.ranks), **dict(wanted.env)},
+            start_new_session=True,
+        )
+    return Server(f"http://127.0.0.1:{port}", log, model, process)
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if (code := server.process.poll()) is not None:
+            raise RuntimeError(f"the server ended with exit code {code}; {server.tail()}")
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(POLL_S)
+    raise RuntimeError(f"the server was not ready in {READY_TIMEOUT_S:.0f} s; {server.tail()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

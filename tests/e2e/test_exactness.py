@@ -1,0 +1,248 @@
+"""Stock SGLang on the stand-in computes what transformers computes on the same weights.
+
+Greedy tokens are equal, and log-probabilities of prompt and output agree within `TOLERANCE`, in
+float32. No balancer is installed in these servers: they are the ground on which every comparison
+with the balancer stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import textwrap
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from sglang_moelb.ep.standin.hooks import SITE
+
+from .conftest import Serve, Server
+
+pytestmark = pytest.mark.e2e
+
+TOLERANCE = 1e-5  # float32: sums in another order, over 4 layers and a vocabulary of 264
+NUM_NEW_TOKENS = 16
+REQUEST_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Text, with one `<|image_pad|>` for each image; images by name of `make_image`."""
+
+    text: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Greedy tokens, their log-probabilities, and those of the prompt's text tokens after the
+    first; images' positions are left out."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+
+
+def _asked(text: str, *images: str) -> Prompt:
+    """As the chat template writes it."""
+    marks = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
+    return Prompt(f"<|im_start|>user\n{marks}{text}<|im_end|>\n<|im_start|>assistant\n", images)
+
+
+SEA = "Tell me about the sea, as an old sailor who has seen many storms would. "
+TEXT_PROMPTS = (
+    Prompt("A"),
+    Prompt("Hello world"),
+    _asked("What is 1234 + 5678?"),
+    Prompt(SEA),
+    Prompt(SEA * 5),
+    Prompt(SEA * 16),  # longer than a chunk of prefill
+)
+IMAGE_PROMPTS = (
+    _asked("What is this?", "gradient"),
+    _asked("", "noise"),
+    _asked("Describe the picture. " * 12, "blocks"),
+    _asked("Which of the two is brighter?", "gradient", "tiny"),
+    _asked("No picture here."),
+)
+
+
+@cache
+def make_image(name: str) -> Image.Image:
+    """A small RGB picture of a size of its own."""
+    random = np.random.default_rng(3)
+    x, y = np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240))
+    pixels = {
+        "gradient": np.stack([x, y, 255 - x], axis=-1),
+        "noise": random.integers(0, 256, (300, 500, 3)),
+        "blocks": np.kron(random.integers(0, 256, (6, 8, 3)), np.ones((64, 64, 1))),
+        "tiny": np.full((32, 48, 3), 200),
+    }[name]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def ask(server: Server, prompt: Prompt) -> Answer:
+    """One greedy request to `/generate`."""
+    body: dict[str, Any] = {
+        "text": prompt.text,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": NUM_NEW_TOKENS,
+            "ignore_eos": True,
+        },
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    if prompt.images:
+        body["image_data"] = [_data_url(make_image(name)) for name in prompt.images]
+    request = urllib.request.Request(
+        f"{server.url}/generate",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+        meta = json.load(response)["meta_info"]
+    output = meta["output_token_logprobs"]
+    return Answer(
+        tokens=[token for _, token, _ in output],
+        logprobs=[logprob for logprob, _, _ in output],
+        prompt_logprobs=[
+            logprob for logprob, token, _ in meta["input_token_logprobs"][1:] if _is_text(token)
+        ],
+    )
+
+
+def _is_text(token: int) -> bool:
+    """Whether a prompt token is a byte or a special token other than an image's."""
+    return token < 261
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+class Reference:
+    """The same checkpoint in transformers, float32, on the host."""
+
+    def __init__(self, folder: Path, *, vision: bool) -> None:
+        self._processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(folder)
+        kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        self._model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def ask(self, prompt: Prompt) -> Answer:
+        """Greedy generation, then one forward over prompt and output for the log-probabilities."""
+        images = {"images": [make_image(name) for name in prompt.images]} if prompt.images else {}
+        inputs = self._processor(text=[prompt.text], **images, return_tensors="pt")
+        num_prompt = inputs["input_ids"].shape[1]
+        ids = self._model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=NUM_NEW_TOKENS,
+            min_new_tokens=NUM_NEW_TOKENS,
+        )
+        inputs["input_ids"] = ids
+        inputs["attention_mask"] = torch.ones_like(ids)
+        if "mm_token_type_ids" in inputs:
+            padding = (0, ids.shape[1] - num_prompt)
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(
+                inputs["mm_token_type_ids"], padding
+            )
+        logprobs = self._model(**inputs).logits[0, :-1].float().log_softmax(dim=-1)
+        tokens = ids[0, 1:]
+        taken = logprobs[torch.arange(tokens.numel()), tokens].tolist()
+        prompt_tokens = tokens[: num_prompt - 1].tolist()
+        return Answer(
+            tokens=tokens[num_prompt - 1 :].tolist(),
+            logprobs=taken[num_prompt - 1 :],
+            prompt_logprobs=[
+                logprob
+                for logprob, token in zip(taken, prompt_tokens, strict=False)
+                if _is_text(token)
+            ],
+        )
+
+
+@cache
+def _reference(folder: Path) -> Reference:
+    return Reference(folder, vision=(folder / "processor_config.json").exists())
+
+
+def max_distance(answer: Answer, reference: Answer) -> float:
+    """Largest difference of log-probabilities; infinite where tokens differ."""
+    if answer.tokens != reference.tokens:
+        return float("inf")
+    pairs = [
+        *zip(answer.logprobs, reference.logprobs, strict=True),
+        *zip(answer.prompt_logprobs, reference.prompt_logprobs, strict=True),
+    ]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def ask_together(server: Server, prompts: tuple[Prompt, ...]) -> list[Answer]:
+    """All prompts at once, so that batches are mixed and both ranks have work."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: ask(server, prompt), prompts))
+
+
+SETUPS = {
+    "text_deepep_attention_dp": ("text", "deepep", True, TEXT_PROMPTS),
+    "text_deepep_attention_tp": ("text", "deepep", False, TEXT_PROMPTS),
+    "text_without_a2a": ("text", "none", False, TEXT_PROMPTS),
+    "vl_deepep_attention_dp": ("vl", "deepep", True, IMAGE_PROMPTS + TEXT_PROMPTS),
+    "deepseek_deepep_attention_dp": ("deepseek", "deepep", True, TEXT_PROMPTS),
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_stock_agrees_with_transformers_alone_and_in_batches(serve: Serve, setup: str) -> None:
+    kind, a2a, attention_dp, prompts = SETUPS[setup]
+    server = serve(kind, a2a=a2a, attention_dp=attention_dp)
+    reference = _reference(server.model)
+    expected = [reference.ask(prompt) for prompt in prompts]
+    # One request at a time: with attention DP the other rank has no tokens at all.
+    alone = [ask(server, prompt) for prompt in prompts]
+    together = ask_together(server, prompts)
+    for answers in (alone, together):
+        distances = [max_distance(*pair) for pair in zip(answers, expected, strict=True)]
+        assert max(distances) <= TOLERANCE, distances
+    assert len({token for answer in alone for token in answer.tokens}) > 20, "output is not varied"
+
+
+def test_losing_one_ranks_rows_in_combine_is_caught(serve: Serve, tmp_path_factory: Any) -> None:
+    """The check above would notice, and the stand-in's Buffer is what the server runs."""
+    folder = tmp_path_factory.mktemp("lossy")
+    (folder / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            from sglang_moelb.ep.standin.deep_ep_buffer import Buffer
+
+            combine = Buffer.combine
+
+            def lossy(self, x, *args, **kwargs):
+                return combine(self, x * (self.rank != 1), *args, **kwargs)
+
+            Buffer.combine = lossy
+            """
+        )
+    )
+    server = serve("text", env={"PYTHONPATH": f"{SITE}:{folder}"})
+    expected = _reference(server.model).ask(TEXT_PROMPTS[3])
+    assert max_distance(ask(server, TEXT_PROMPTS[3]), expected) > 0.1
