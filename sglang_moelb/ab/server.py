@@ -125,7 +125,9 @@ def _healthy(url: str) -> bool:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    _signal_group(process.pid, signal.SIGTERM)
+    # Only the main process at first: SGLang takes the death of a scheduler for a crash, and spends
+    # seconds on diagnosing it.
+    process.terminate()
     deadline_s = time.monotonic() + TERM_GRACE_S
     while _group_alive(process) and time.monotonic() < deadline_s:
         time.sleep(0.1)
