@@ -56,9 +56,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fault.controller": FAULTS,
 }
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# Policies travel between ranks as millionths in int64, and capacities are multiplied in int64.
+Factor = Annotated[float, msgspec.Meta(ge=1e-6, le=1000)]
+Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
 class ConfigError(ValueError):
@@ -72,7 +74,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class CapacityConfig(_Section):
     """Capacity of the levers `drop` and `expand` (Capacity-Aware Inference, MACS)."""
 
-    factor: Positive = 1.25  # times the mean rows of a group
+    factor: Factor = 1.25  # times the mean rows of a group
     level: Literal["expert", "device"] = "device"
     scope: Literal["source", "global"] = "global"
     metric: Literal["score", "order", "reverse", "random"] = "score"
@@ -80,7 +82,7 @@ class CapacityConfig(_Section):
     rule: Literal["plain", "macs"] = "plain"
     renormalise: bool = False
     max_extra_experts: Annotated[int, msgspec.Meta(ge=0, le=24)] = 0  # a token; 0: all that fit
-    macs_delta: Positive = 1.0
+    macs_delta: Factor = 1.0
     macs_rho: Share = 0.5
     min_batch_tokens: Count = 2048  # over all ranks; smaller passes are left alone
 
@@ -91,10 +93,10 @@ class ControllerConfig(_Section):
     window_passes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
     min_gain: Share = 0.02  # share of step time below which `none` wins
     switch_margin: Share = 0.01  # further gain needed to change lever
-    min_dwell_passes: Annotated[int, msgspec.Meta(ge=1)] = 4
+    min_dwell_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4
     quality_budget: Share = 0.02  # share of gate mass that may be lost over the quality window
     quality_window_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
-    timeout_ms: Positive = 100.0  # a record unread for longer, and for a pass, means `none`
+    timeout_ms: Milliseconds = 100.0  # a record unread for longer, and for a pass, means `none`
 
 
 class FaultConfig(_Section):
@@ -151,15 +153,24 @@ def load(source: str) -> dict[str, Any]:
         path, name = Path(source), f"--moelb-config {source}"
         try:
             text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{name}: cannot be read ({error.strerror}). Give a JSON file or "
-                              "JSON text that starts with '{'.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(f"{name}: cannot be read ({why}). Give a JSON file or JSON text "
+                              "that starts with '{'.") from error
+    return decode_object(text, name)
+
+
+def decode_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """Read a JSON object. Raises `ConfigError` that begins with `name`."""
     try:
         tree = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid JSON ({error}).") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: must be a JSON object, found {type(tree).__name__}.")
+        raise ConfigError(
+            f"{name}: must be a JSON object such as {{\"mode\": \"none\"}}, found "
+            f"{type(tree).__name__}."
+        )
     return tree
 
 
@@ -177,6 +188,11 @@ def to_environment(config: Config) -> None:
 def standin_requested() -> bool:
     """Whether this process is to run DeepEP's path on CPU (`ep/standin`)."""
     return os.environ.get(STANDIN_VARIABLE, "") == "1"
+
+
+def plugin_filters() -> tuple[str, str]:
+    """SGLang's own choice of plugins: `SGLANG_PLUGINS` and `SGLANG_PLATFORM`, "" where not set."""
+    return os.environ.get("SGLANG_PLUGINS", ""), os.environ.get("SGLANG_PLATFORM", "")
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -204,8 +220,7 @@ def from_numbers(numbers: dict[str, int | float]) -> Config:
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
-        kind = type(_KNOBS[name])
-        place[key] = CHOICES[name][int(value)] if name in CHOICES else kind(value)
+        place[key] = _word(name, value)
     return parse(tree)
 
 
@@ -230,6 +245,19 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
     )
 
 
+def _word(name: str, value: int | float) -> Any:
+    """The value of knob `name` that travelled as the number `value`."""
+    if name not in CHOICES:
+        return bool(value) if isinstance(_KNOBS[name], bool) else value
+    words = CHOICES[name]
+    if value not in range(len(words)):
+        raise ConfigError(
+            f"moelb config: {name} is number {value}; use 0 to {len(words) - 1} for "
+            f"{', '.join(words)}"
+        )
+    return words[int(value)]
+
+
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in tree.items():
@@ -242,8 +270,10 @@ def _explain(tree: dict[str, Any], error: str) -> str:
     """Turn msgspec's `... - at `$.a.b`` into a message with the knob's name and value."""
     what, _, where = error.partition(" - at `$")
     name = where.rstrip("`").lstrip(".")
-    given = _flat(tree, "").get(name)
-    value = f" is {given!r}" if given is not None else ""
+    given: Any = tree
+    for key in filter(None, name.split(".")):
+        given = given.get(key) if isinstance(given, dict) else None
+    value = f" is {given!r}" if given is not None and name else ""
     fix = f"one of {', '.join(CHOICES[name])}" if name in CHOICES else what
     if name in CHOICES:
         return f"moelb config: {name}{value}; use {fix}"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput, group_capacity
-from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes
+from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes, exchange_for
 from sglang_moelb.types import Level, Lever, Policy, Topology
 
 NUM_EXPERTS, TOPK, HIDDEN = 128, 8, 2048
@@ -101,7 +101,27 @@ def main() -> None:
     dist.init_process_group("nccl")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     topology = Topology(num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=TOPK)
-    balancer = LayerBalancer(topology, rank, Exchange(dist.group.WORLD))
+    device = torch.device("cuda", torch.cuda.current_device())
+    exchanges = {
+        "symmetric": exchange_for(
+            dist.group.WORLD, num_experts=NUM_EXPERTS, device=device, one_host=True
+        ),
+        "collective": Exchange(dist.group.WORLD),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, exchange in exchanges.items():
+        balancer = LayerBalancer(topology, rank, exchange)
+        rows += [row | {"exchange": name} for row in measure(balancer, topology, rank, args)]
+    if rank == 0:
+        args.out.write_text(json.dumps(rows, indent=1))
+    dist.destroy_process_group()
+
+
+def measure(
+    balancer: LayerBalancer, topology: Topology, rank: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All sizes, skews and levers with one exchange."""
+    num_ranks = topology.num_ranks
     rows: list[dict[str, Any]] = []
     for num_tokens in (1024, 4096, 16384):
         for skew in (1.0, 2.0, 3.0):
@@ -112,17 +132,13 @@ def main() -> None:
                 holds = lever is not Lever.DROP or check_capacity(
                     balancer, routed, agreed, topology, rank
                 )
-                median, low, high = time_us(
-                    balancer, routed, agreed, lever, args.outer, args.inner
-                )
+                median, low, high = time_us(balancer, routed, agreed, lever, args.outer, args.inner)
                 rows.append({"tokens_per_rank": num_tokens, "skew": skew, "lever": lever.name,
                              "median_us": median, "p10_us": low, "p90_us": high,
                              "capacity_holds": holds})  # fmt: skip
                 if rank == 0:
                     print(rows[-1], flush=True)
-    if rank == 0:
-        args.out.write_text(json.dumps(rows, indent=1))
-    dist.destroy_process_group()
+    return rows
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from sglang_moelb.ab.run import run_plan
 from sglang_moelb.ab.server import ServerError, pick_port
 from sglang_moelb.ab.table import summary
 from sglang_moelb.ab.types import AbError, Plan, Request
-from sglang_moelb.ab.workload import demo_workload
+from sglang_moelb.ab.workload import DEFAULT_SIDE_PX, demo_workload
 from sglang_moelb.ab.workload_file import file_workload
 
 DEMO = "demo"
@@ -74,7 +74,7 @@ def ab(
     seed: Annotated[int, typer.Option(min=0, help="Of the workload and of the servers.")] = 0,
     image_side: Annotated[
         int, typer.Option(min=32, help="Longer side of the largest demo images, px.")
-    ] = 256,
+    ] = DEFAULT_SIDE_PX,
     out: Annotated[
         Path, typer.Option(help="Folder of the report, plots, logs and records.")
     ] = Path("ab-out"),

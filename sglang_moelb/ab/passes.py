@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,8 @@ def measure_passes(run: ArmRun) -> Passes | None:
         balance_after=_mean_balance(prefill, "balance_after_L") or 1.0,
         balance_before_acted=_mean_balance(acted, "balance_before_L"),
         balance_after_acted=_mean_balance(acted, "balance_after_L"),
-        rows_ratio_before=_rows_ratio(prefill, "rows_before_R"),
-        rows_ratio_after=_rows_ratio(prefill, "rows_after_R"),
+        busiest_before=_busiest(prefill, "rows_before_R"),
+        busiest_after=_busiest(prefill, "rows_after_R"),
         vision_token_share=_share(
             sum(sum(r.num_vision_tokens_R) for r in prefill),
             sum(sum(r.num_tokens_R) for r in prefill),
@@ -59,7 +60,7 @@ def measure_passes(run: ArmRun) -> Passes | None:
         reasons=count_reasons(records),
         choices=list_choices(records),
         controller_states=list(dict.fromkeys(s for o in observed for s in o.controller_states)),
-        last_decision={k: str(v) for k, v in (last.controller.get("last_decision") or {}).items()},
+        last_decision=_last_decision(last.controller.get("last_decision") or {}),
         quality_budget=_quality_budget(observed[-1]),
         error="; ".join(o.error for o in observed if o.error),
     )
@@ -137,12 +138,9 @@ def _mean_balance(records: Sequence[PassRecord], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _rows_ratio(records: Sequence[PassRecord], name: str) -> float:
-    rows = [getattr(record, name) for record in records]
-    if not rows:
-        return 1.0
-    busiest = sum(max(rows_R) for rows_R in rows)
-    mean = sum(float(np.mean(rows_R)) for rows_R in rows)
+def _busiest(records: Sequence[PassRecord], name: str) -> float:
+    busiest = sum(max(getattr(record, name)) for record in records)
+    mean = sum(float(np.mean(record.rows_before_R)) for record in records)
     return busiest / mean if mean else 1.0
 
 
@@ -155,6 +153,13 @@ def _step_ms(records: Sequence[PassRecord]) -> dict[str, float]:
     return {
         phase: float(np.median([r.step_ms for r in records if r.phase == phase]))
         for phase in phases
+    }
+
+
+def _last_decision(decision: dict[str, Any]) -> dict[str, str]:
+    return {
+        name.replace("_", " "): f"{value:.3g}" if isinstance(value, float) else str(value)
+        for name, value in decision.items()
     }
 
 

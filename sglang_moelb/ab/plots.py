@@ -47,17 +47,19 @@ def balance_per_layer(figure: Figure, layers: Sequence[LayerBalance]) -> None:
 
 
 def load_per_rank(figure: Figure, records: Sequence[PassRecord]) -> None:
-    """Lines of each rank's rows over the mean rank's, before and after the lever, prefill passes.
+    """Lines of each rank's rows, before and after the lever, over the prefill passes.
 
-    Points are passes, lines their running mean; more than eight ranks are drawn as a band.
+    The unit is the mean rank's rows before the lever, so that dropped rows are seen to go. Points
+    are passes, lines their running mean; more than eight ranks are drawn as a band.
     """
     prefill = prefill_of(records)
     before, after = figure.subplots(2, 1, sharex=True, sharey=True)
+    mean_P1 = np.array([[np.mean(record.rows_before_R)] for record in prefill])
     for axes, name, title in (
         (before, "rows_before_R", "before the lever"),
         (after, "rows_after_R", "after the lever"),
     ):
-        load_PR = _relative([getattr(record, name) for record in prefill])
+        load_PR = np.array([getattr(record, name) for record in prefill]) / mean_P1
         if load_PR.shape[1] <= MAX_LINES:
             _rank_lines(axes, load_PR)
         else:
@@ -66,7 +68,7 @@ def load_per_rank(figure: Figure, records: Sequence[PassRecord]) -> None:
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     after.set_xlabel("prefill pass, in order")
-    figure.supylabel("rows of the rank / mean rank", fontsize=10.5)
+    figure.supylabel("rows of the rank / mean rank before", fontsize=10.5)
     _legend_above(figure, before, 4)
 
 
@@ -125,12 +127,6 @@ def _strip(axes: Axes, y: float, names: Sequence[str]) -> None:
                 [span], (y - height / 2, height), facecolors=lever_colour(names[start]), lw=0
             )
             start = i
-
-
-def _relative(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    rows_PR = np.array(rows, dtype=np.float64)
-    mean_P1: NDArray[np.float64] = rows_PR.mean(axis=1, keepdims=True)
-    return rows_PR / mean_P1
 
 
 def _rank_lines(axes: Axes, load_PR: NDArray[np.float64]) -> None:

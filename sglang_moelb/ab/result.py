@@ -110,8 +110,8 @@ class Passes(msgspec.Struct, frozen=True, kw_only=True):
     balance_after: float
     balance_before_acted: float | None  # of the prefill passes in which a lever acted
     balance_after_acted: float | None
-    rows_ratio_before: float  # rows of the busiest rank, all prefill passes, over the mean rank's
-    rows_ratio_after: float
+    busiest_before: float  # rows of the busiest rank of each prefill pass, all layers, in units
+    busiest_after: float  # of the mean rank's rows before the lever
     vision_token_share: float
     lost_share: float  # of all routed weight, decode included
     moved_share: float

@@ -88,8 +88,8 @@ def _balancing(result: Result) -> Table:
         ("balancedness before → after", lambda p: _arrow(p.balance_before, p.balance_after)),
         ("  where a lever acted", _acted),
         (
-            "rows of the busiest rank, all layers",
-            lambda p: _arrow(p.rows_ratio_before, p.rows_ratio_after),
+            "busiest rank, all layers / mean before",
+            lambda p: _arrow(p.busiest_before, p.busiest_after),
         ),
         ("passes by lever", _levers),
         ("routed weight dropped", lambda p: percent(p.lost_share)),

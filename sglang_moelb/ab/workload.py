@@ -17,12 +17,16 @@ from sglang_moelb.ab.prompts import (
 )
 from sglang_moelb.ab.types import AbError, Message, Request
 
+DEFAULT_SIDE_PX = 448
 SIZE_SHARES = (0.375, 0.625, 0.875, 1.0)
-# Of every ten requests: one image, several images, a short question, a text to work on.
-PATTERN = ("image",) * 4 + ("images",) * 2 + ("question",) * 2 + ("passage",) * 2
+# Of every ten requests: one image, several images, a short question, a text to work on. Vision
+# tokens are then most of the prompt tokens, as in the use of such models.
+PATTERN = ("image",) * 5 + ("images",) * 3 + ("question",) * 1 + ("passage",) * 1
 
 
-def demo_workload(num_requests: int, *, seed: int, image_side_px: int = 256) -> tuple[Request, ...]:
+def demo_workload(
+    num_requests: int, *, seed: int, image_side_px: int = DEFAULT_SIDE_PX
+) -> tuple[Request, ...]:
     """A mix of image and text requests, equal for equal arguments on any machine.
 
     `image_side_px` is the longer side of the largest images; the others are fractions of it.
@@ -48,8 +52,7 @@ def _make(request_id: int, shape: str, rng: random.Random, side_px: int) -> Requ
     if shape == "question":
         return _text(request_id, rng.choice(TEXT_QUESTIONS))
     if shape == "passage":
-        passage = " ".join(rng.sample(PASSAGES, rng.choice((1, 1, 2))))
-        return _text(request_id, f"{rng.choice(PASSAGE_TASKS)}\n\n{passage}")
+        return _text(request_id, f"{rng.choice(PASSAGE_TASKS)}\n\n{rng.choice(PASSAGES)}")
     count = 1 if shape == "image" else rng.choice((2, 3))
     questions = IMAGE_QUESTIONS if count == 1 else MULTI_IMAGE_QUESTIONS
     names = rng.sample(sorted(real_images()), count)

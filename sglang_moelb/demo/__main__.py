@@ -23,12 +23,21 @@ from sglang_moelb.ab.workload import demo_workload
 from sglang_moelb.demo.models import write_model
 
 NUM_RANKS = 2
-# The defaults of the controller are for batches of thousands of tokens. A batch of the demo has
-# hundreds, and decides within a few seconds.
+# The controller's defaults are for batches of thousands of tokens, of which the experts' time is a
+# large part. A batch of the demo has hundreds, its experts take a tenth of a step on CPU, and all
+# of it is over in a few dozen passes.
 KNOBS = {
     "capacity": {"factor": 1.1, "min_batch_tokens": 64},
-    "controller": {"window_passes": 8, "min_dwell_passes": 2, "quality_budget": 0.05},
+    "controller": {
+        "window_passes": 8,
+        "min_dwell_passes": 2,
+        "min_gain": 0.002,
+        "switch_margin": 0.001,
+        "quality_budget": 0.05,
+    },
 }
+# So that a pass holds what a few image requests bring: 1,024 tokens a rank.
+COMMON_FLAGS = ("--chunked-prefill-size", str(1024 * NUM_RANKS))
 
 
 def demo(
@@ -63,7 +72,7 @@ def demo(
             requests=demo_workload(num_requests, seed=seed),
             workload="demo",
             model=model or str(write_model("vl", out / "models" / "vl")),
-            common_flags=(),
+            common_flags=COMMON_FLAGS,
             rounds=rounds,
             concurrency=8,
             max_tokens=max_tokens,

@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 VERSION = 1  # raise it with any change of what is written
 MARKER = "moelb_model.json"
 
-EXPERT_SIZE = 128
+EXPERT_SIZE = 256  # not HIDDEN_SIZE: transformers guesses the layout of fused experts by shape
 CONTEXT_LENGTH = 4096
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -238,13 +238,13 @@ def _qwen3_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[st
 
 
 def _make_processor(tokenizer: PreTrainedTokenizerFast) -> object:
-    from transformers import Qwen2VLImageProcessorFast, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
     # An image becomes 1 to 196 tokens of 32 by 32 pixels.
     size = {"shortest_edge": 32 * 32, "longest_edge": 448 * 448}
     return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessorFast(size=size, **patches),
+        image_processor=Qwen2VLImageProcessor(size=size, **patches),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(**patches),
         chat_template=CHAT_TEMPLATE,

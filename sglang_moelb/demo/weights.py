@@ -10,9 +10,9 @@ vision tower point along it, the token embeddings a little against it. In each M
 rows of most experts of one half lean towards the direction and those of the other half against
 it, and the favoured half alternates from layer to layer. So image tokens crowd on one half of the
 experts and text tokens hardly do. Measured at EP 2 with 16 experts and top-4 on three images, max
-over mean rank load, by layer: 1.75, 1.4, 1.8 and 1.2 for image tokens; 1.6, 1.2, 1.6 and 1.1 for
-whole prompts of one image and a question; 1.0 to 1.3 for text alone. Which rank is the busy one
-depends on the layer and on how much of the batch is images.
+over mean rank load: 1.5 to 1.8 for image tokens (once 1.2), 1.3 to 1.6 for prompts of one image
+and a question, 1.0 to 1.4 for text alone. Which rank is the busy one depends on the layer and on
+how much of the batch is images.
 """
 
 from __future__ import annotations

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 import torch
 
 from sglang_moelb.controller.plan import capacity_rows
-from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.exchange import Agreed, Exchange, SymmetricExchange
 from sglang_moelb.ep.macs import Cut, MacsState, reroute
 from sglang_moelb.kernels.count_experts import KeyRule, count_experts
 from sglang_moelb.kernels.cut_tokens import cut_tokens
 from sglang_moelb.kernels.plan_cuts import plan_cuts
-from sglang_moelb.kernels.row_layout import AMOUNT_ONE, MASS_ONE, NUM_COUNTS, NUM_HEADER
+from sglang_moelb.kernels.row_layout import (
+    AMOUNT_ONE,
+    FLAG_PROTECTED,
+    MASS_ONE,
+    NUM_COUNTS,
+    NUM_HEADER,
+)
 from sglang_moelb.kernels.token_amounts import token_amounts
 from sglang_moelb.kernels.widen_candidates import widen_candidates
 from sglang_moelb.types import Level, Lever, Rule, Scope, Topology
@@ -53,7 +59,7 @@ class LayerOutcome:
 class LayerBalancer:
     """Runs the pipeline of a layer for the policy of the current pass."""
 
-    def __init__(self, topology: Topology, rank: int, exchange: Exchange) -> None:
+    def __init__(self, topology: Topology, rank: int, exchange: Exchange | SymmetricExchange) -> None:
         self._topology = topology
         self._rank = rank
         self._exchange = exchange
@@ -118,7 +124,7 @@ class LayerBalancer:
                 kept_ids_TK=kept_ids_TC,
                 kept_weights_TK=kept_weights_TC,
                 stats_8=stats_8,
-                scores_TE=_scores(routed),
+                scores_TE=_scores(routed, topology.num_experts),
                 flags_T=routed.flags_T,
                 amounts_T=amounts_T,
                 rows_RW=seen_RW,
@@ -126,7 +132,7 @@ class LayerBalancer:
             )
             kept_ids_TC, kept_weights_TC, stats_8 = reroute(cut, topology, self._rank, key_rule)
         if policy.renormalise:
-            kept_weights_TC = _renormalised(kept_weights_TC, routed.weights_TK)
+            kept_weights_TC = _renormalised(kept_weights_TC, routed)
         return LayerOutcome(
             ids_TC=kept_ids_TC,
             weights_TC=kept_weights_TC,
@@ -157,7 +163,7 @@ class LayerBalancer:
     def _candidates(
         self, routed: LayerInput, agreed: Agreed, lever: Lever
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if lever is not Lever.EXPAND or routed.ids_TK.shape[0] == 0:
+        if lever is not Lever.EXPAND:
             return routed.ids_TK, routed.weights_TK
         num_local = self._topology.experts_per_rank
         num_extra = min(num_local, MAX_COLUMNS - self._topology.topk)
@@ -166,7 +172,7 @@ class LayerBalancer:
         return widen_candidates(
             routed.ids_TK,
             routed.weights_TK,
-            _scores(routed),
+            _scores(routed, self._topology.num_experts),
             routed.flags_T,
             first_local=self._rank * num_local,
             num_local=num_local,
@@ -212,17 +218,23 @@ def _routed_mass(routed: LayerInput) -> torch.Tensor:
     return stats_8
 
 
-def _scores(routed: LayerInput) -> torch.Tensor:
-    """The router's scores of all experts, `[T, E]` float32; an empty rank has no logits."""
+def _scores(routed: LayerInput, num_experts: int) -> torch.Tensor:
+    """The router's scores of all experts, `[T, E]` float32.
+
+    SGLang gives a rank without tokens logits of the wrong width.
+    """
     if routed.ids_TK.shape[0] == 0:
-        num_experts = routed.logits_TE.shape[1]
         return routed.weights_TK.new_empty(0, num_experts)
     logits_TE = routed.logits_TE.float()
     return logits_TE.sigmoid() if routed.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
-def _renormalised(weights_TC: torch.Tensor, before_TK: torch.Tensor) -> torch.Tensor:
-    """Scale each token's weights to the sum they had before the cut; empty tokens stay empty."""
-    after_T = weights_TC.sum(dim=1, keepdim=True)
-    scale_T = torch.where(after_T > 0, before_TK.sum(dim=1, keepdim=True) / after_T, 0.0)
-    return weights_TC * scale_T
+def _renormalised(weights_TC: torch.Tensor, routed: LayerInput) -> torch.Tensor:
+    """Scale each token's weights to the sum they had before the cut; empty tokens stay empty.
+
+    Protected tokens are left alone to the bit: sums over K and over C columns may round apart.
+    """
+    after_T = weights_TC.sum(dim=1)
+    scale_T = torch.where(after_T > 0, routed.weights_TK.sum(dim=1) / after_T, 0.0)
+    scale_T = torch.where((routed.flags_T & FLAG_PROTECTED) != 0, 1.0, scale_T)
+    return weights_TC * scale_T[:, None]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.controller.encode import NUM_WORDS, decode, encode
+from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
 LEADER = 0
@@ -74,10 +75,10 @@ class Agreement:
         )
         rows = gather_rows(mine, self._num_ranks, self._group).tolist()
         agreed_words = tuple(rows[LEADER][:NUM_WORDS])
-        if self._rank == LEADER:
-            self._last_policy = policy
-        elif agreed_words != self._last_words:
-            self._last_policy = decode(agreed_words, reason="agreed with the leader")
+        # The leader decodes its own words too: it must not act on digits that did not travel.
+        reason = policy.reason if self._rank == LEADER else "agreed with the leader"
+        if (agreed_words, reason) != (self._last_words, self._last_policy.reason):
+            self._last_policy = decode(agreed_words, reason=reason)
         self._last_words = agreed_words
         sizes_R = tuple(
             Sizes(num_tokens=n, num_prefill_tokens=p, num_protected_tokens=q, phase=PHASES[f])
@@ -87,7 +88,7 @@ class Agreement:
 
 
 class Exchange:
-    """Device all-gather of every rank's row of counts, once a MoE layer."""
+    """Device all-gather of every rank's row of counts, once a MoE layer, by the group's backend."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -96,6 +97,57 @@ class Exchange:
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32, on the device of `row_W`."""
         return gather_rows(row_W, self._num_ranks, self._group)
+
+
+class SymmetricExchange:
+    """The same over symmetric memory of one host: one copy, one barrier, one read of all peers.
+
+    Two slots in turn: a rank writes a slot again only after the barrier of the next exchange, which
+    its peers pass after they have read the slot.
+    """
+
+    NUM_SLOTS = 2
+
+    def __init__(self, group: dist.ProcessGroup, max_width: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._max_width = max_width
+        self._buffer = symmetric.empty(
+            self.NUM_SLOTS * max_width, dtype=torch.int32, device=device
+        )
+        self._buffer.zero_()
+        self._handle = symmetric.rendezvous(self._buffer, group.group_name)
+        self._num_ranks = dist.get_world_size(group)
+        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._turn = 0
+
+    def gather(self, row_W: torch.Tensor) -> torch.Tensor:
+        """All rows in rank order, `[R, W]` int32; every rank must bring the same W."""
+        width = row_W.numel()
+        start = (self._turn % self.NUM_SLOTS) * self._max_width
+        self._turn += 1
+        self._buffer[start : start + width].copy_(row_W)
+        self._handle.barrier(channel=0)
+        return torch.cat(self._peers(start, width)).view(self._num_ranks, width)
+
+    def _peers(self, start: int, width: int) -> list[torch.Tensor]:
+        key = (start, width)
+        if key not in self._views:
+            self._views[key] = [
+                self._handle.get_buffer(rank, (width,), torch.int32, start)
+                for rank in range(self._num_ranks)
+            ]
+        return self._views[key]
+
+
+def exchange_for(
+    group: dist.ProcessGroup, *, num_experts: int, device: torch.device, one_host: bool
+) -> Exchange | SymmetricExchange:
+    """Symmetric memory between CUDA ranks of one host, else the group's own all-gather."""
+    if device.type == "cuda" and one_host:
+        width = row_width(num_experts, with_histogram=True)
+        return SymmetricExchange(group, width, device)
+    return Exchange(group)
 
 
 def gather_rows(row_W: torch.Tensor, num_ranks: int, group: dist.ProcessGroup) -> torch.Tensor:

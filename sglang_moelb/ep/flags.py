@@ -72,14 +72,19 @@ def config_of(args: argparse.Namespace) -> Config | None:
         return None
     tree = configuration.load(given["moelb_config"]) if "moelb_config" in given else {}
     config = configuration.merge(Config(), tree, check_mode="moelb_mode" not in given)
-    changes: dict[str, Any] = {}
-    if "moelb_mode" in given:
-        changes["mode"] = given["moelb_mode"]
     for name, (knob, _, _) in SHORTCUTS.items():
         if name in given:
-            section, key = knob.split(".")
-            changes.setdefault(section, {})[key] = given[name]
-    return configuration.merge(config, changes)
+            config = _with_flag(config, name, knob, given[name])
+    mode = {"mode": given["moelb_mode"]} if "moelb_mode" in given else {}
+    return configuration.merge(config, mode)
+
+
+def _with_flag(config: Config, name: str, knob: str, value: Any) -> Config:
+    section, key = knob.split(".")
+    try:
+        return configuration.merge(config, {section: {key: value}}, check_mode=False)
+    except ConfigError as error:
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: {error}") from error
 
 
 def take_arguments(args: argparse.Namespace) -> None:

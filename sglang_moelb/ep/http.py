@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ class Routes:
     def __init__(self, tokenizer_manager: Any, config: Config) -> None:
         self._manager = tokenizer_manager
         self._config = config
+        self._one_at_a_time = asyncio.Lock()
 
     async def status(self) -> dict[str, Any]:
         """The leader's status, with the ranks that answered."""
@@ -34,16 +36,13 @@ class Routes:
 
     async def change(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """Apply a partial configuration; HTTP status and answer. A bad value changes nothing."""
+        async with self._one_at_a_time:  # a change is laid over the one before, not beside it
+            return await self._change(body)
+
+    async def _change(self, body: bytes) -> tuple[int, dict[str, Any]]:
         try:
-            changes = msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
-            return 400, {"error": f"the body is not JSON: {error}"}
-        if not isinstance(changes, dict):
-            return 400, {"error": "the body must be a JSON object such as {\"mode\": \"none\"}"}
-        if changes.pop("kill", False):
-            changes["mode"] = "none"
-        try:
-            wanted = configuration.merge(self._config, changes)
+            changes = configuration.decode_object(body, "body of /moelb/config")
+            wanted = configuration.merge(self._config, _with_kill_switch(changes))
         except ConfigError as error:
             return 400, {"error": str(error)}
         state = (await self.status()).get("controller", {}).get("state", "gone")
@@ -60,6 +59,16 @@ class Routes:
 
         request = SetInternalStateReq(server_args=numbers)
         return all(await self._manager.set_internal_state(request))
+
+
+def _with_kill_switch(changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` with `kill` read as mode `none`. Raises `ConfigError` unless it is true."""
+    if "kill" not in changes:
+        return changes
+    others = {k: v for k, v in changes.items() if k != "kill"}
+    if changes["kill"] is not True:
+        raise ConfigError(f"moelb config: kill is {changes['kill']!r}; use true, or leave it out")
+    return {**others, "mode": "none"}
 
 
 def add_routes(app: Any, tokenizer_manager: Any, config: Config) -> None:

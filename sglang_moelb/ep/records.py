@@ -162,7 +162,7 @@ def _rows_after(
     kept_LR = rank_rows(kept_LG, topology.num_ranks)
     if policy.rule is Rule.PLAIN:
         return kept_LR
-    amounts_E = counts_LREC[..., [C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT]].sum(axis=(1, 4))
+    amounts_E = counts_LREC[..., [C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT]].sum(axis=(1, 3))
     amounts_LR = rank_rows(amounts_E, topology.num_ranks)
     estimate_LR: IntArray = (rows_LR * kept_LR) // np.maximum(amounts_LR, 1)
     return estimate_LR

@@ -5,6 +5,7 @@ All methods are called by SGLang's serving thread through `ep.points`.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import msgspec
 import torch
 
 from sglang_moelb import config as configuration
-from sglang_moelb.config import Config
+from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.ep import points, records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
@@ -24,6 +25,8 @@ from sglang_moelb.ep.records import LayerLog, PassLog
 from sglang_moelb.ep.seams import SEAMS, Form
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.types import Lever, Policy, Topology
+
+logger = logging.getLogger("sglang_moelb")
 
 KNOB_PREFIX = "moelb."
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
@@ -181,11 +184,18 @@ class Runtime:
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:
         """Apply the knobs in a state update, all or none; returns what is not ours.
 
-        The numbers were made by `config.to_numbers` in the HTTP process, which has validated them.
+        The numbers come from `config.to_numbers` in the HTTP process, which has validated them, or
+        from SGLang's own route for state updates, which has not: wrong ones are handed back, and
+        SGLang refuses the update.
         """
         ours = {k[len(KNOB_PREFIX) :]: v for k, v in update.items() if k.startswith(KNOB_PREFIX)}
         if ours:
-            self._config = configuration.from_numbers(ours)
+            try:
+                numbers = configuration.to_numbers(self._config) | ours
+                self._config = configuration.from_numbers(numbers)
+            except ConfigError as error:
+                logger.warning("sglang_moelb: a state update was refused: %s", error)
+                return update
             if self._controller:
                 self._controller.reconfigure(self._config)
         return {k: v for k, v in update.items() if not k.startswith(KNOB_PREFIX)}

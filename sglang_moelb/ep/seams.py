@@ -261,7 +261,12 @@ def _check_one(root: Path, seam: Seam) -> Finding:
         return Finding(seam=seam, form="hook", problem="no such module", expected=seam.module,
                        found="nothing")
     source = path.read_text(encoding="utf-8")
-    node = _find(ast.parse(source), seam.symbol.split("."))
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        return Finding(seam=seam, form="hook", problem="not Python", expected=expected,
+                       found=str(error))
+    node = _find(tree, seam.symbol.split("."))
     if node is None:
         return Finding(seam=seam, form="hook", problem="no such function", expected=expected,
                        found="nothing")

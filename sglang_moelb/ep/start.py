@@ -12,7 +12,7 @@ from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_thread import ControllerThread
-from sglang_moelb.ep.exchange import LEADER, Agreement, Exchange
+from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime, Seat
@@ -54,7 +54,12 @@ def attach_to(model_runner: Any, config: Config) -> None:
         seat,
         config,
         Agreement(group.cpu_group),
-        Exchange(group.device_group),
+        exchange_for(
+            group.device_group,
+            num_experts=seat.topology.num_experts,
+            device=seat.device,
+            one_host=model_runner.server_args.nnodes == 1,
+        ),
         controller,
         ledger,
     )

@@ -71,9 +71,7 @@ def row_keys(
     return metric_TC.int() + (preferred_T.int() << METRIC_BITS)[:, None]
 
 
-def _metric(
-    ids_TC: Tensor, weights_TC: Tensor, amounts_T: Tensor | None, rule: KeyRule
-) -> Tensor:
+def _metric(ids_TC: Tensor, weights_TC: Tensor, amounts_T: Tensor | None, rule: KeyRule) -> Tensor:
     num_tokens = ids_TC.shape[0]
     if rule.metric == Metric.SCORE:
         value_TC = weights_TC

@@ -6,6 +6,7 @@ Shape letters: T tokens, C columns.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.bfloat16: 1e-2,
 }
 MAX_SHOWN = 5
+FLUSH_BYTES = 512 << 20  # ten L2s of an H100, and 200 us of writing: longer than our launches
 
 
 def assert_close(name: str, ref: Tensor, out: Tensor, tolerance: float | None = None) -> None:
@@ -62,29 +64,35 @@ def assert_close(name: str, ref: Tensor, out: Tensor, tolerance: float | None = 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Device times of one call, in microseconds, over `num_calls` calls."""
+    """Times of one call over `num_calls` calls, in microseconds.
+
+    The first three are on the device, or on the host where the call runs there; `host_us` is what
+    the host spends until the call returns.
+    """
 
     median_us: float
     p10_us: float
     p90_us: float
+    host_us: float
     num_calls: int
 
 
 def bench(call: Callable[[], object], *, num_calls: int = 100, num_warmup: int = 10) -> Timing:
-    """Time `call` on the current CUDA device, each time with a cold L2.
+    """Time `call` on the current CUDA device with a cold L2, or on the host without one.
 
-    Before every call a buffer larger than any L2 is overwritten; the time between two CUDA events
-    around the call is taken after all calls are queued, so launches of the host are hidden only
-    where the flush is longer than they are (it is: about 100 us).
-
-    Raises:
-        RuntimeError: there is no CUDA device.
+    On a device, a buffer larger than any L2 is overwritten before every call, which also gives the
+    host time to queue the call; two CUDA events around it give its time, which includes the gaps
+    between its launches. The host's time is taken apart, without flushes.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("bench() times CUDA events, and there is no CUDA device here")
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     for _ in range(num_warmup):
         call()
+    if not torch.cuda.is_available():
+        times_us = _host_times(call, num_calls)
+        return _timing(times_us, statistics.median(times_us))
+    torch.cuda.synchronize()
+    host_us = statistics.median(_host_times(call, num_calls))
+    torch.cuda.synchronize()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(num_calls)
@@ -95,18 +103,32 @@ def bench(call: Callable[[], object], *, num_calls: int = 100, num_warmup: int =
         call()
         end.record()
     torch.cuda.synchronize()
-    times_us = sorted(start.elapsed_time(end) * 1e3 for start, end in events)
+    return _timing([start.elapsed_time(end) * 1e3 for start, end in events], host_us)
+
+
+def _host_times(call: Callable[[], object], num_calls: int) -> list[float]:
+    times_us = []
+    for _ in range(num_calls):
+        start_s = time.perf_counter()
+        call()
+        times_us.append((time.perf_counter() - start_s) * 1e6)
+    return times_us
+
+
+def _timing(times_us: list[float], host_us: float) -> Timing:
+    ordered = sorted(times_us)
     return Timing(
-        median_us=statistics.median(times_us),
-        p10_us=times_us[num_calls // 10],
-        p90_us=times_us[num_calls * 9 // 10],
-        num_calls=num_calls,
+        median_us=statistics.median(ordered),
+        p10_us=ordered[len(ordered) // 10],
+        p90_us=ordered[len(ordered) * 9 // 10],
+        host_us=host_us,
+        num_calls=len(ordered),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """Inputs of the kernels: ids_TC int64 or int32, weights_TC float32, flags_T uint8, amounts_T."""
+    """Inputs of the kernels: ids int64 or int32, weights float32, flags uint8, amounts int32."""
 
     ids_TC: Tensor
     weights_TC: Tensor

@@ -9,6 +9,7 @@ from sglang_moelb.ab.arms import parse_arms, session_order
 from sglang_moelb.ab.types import Arm, Plan
 from sglang_moelb.ab.workload import demo_workload
 
+MAX_TOKENS = 8
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
 
 
@@ -60,7 +61,7 @@ def make_plan(
         common_flags=common_flags,
         rounds=rounds,
         concurrency=4,
-        max_tokens=8,
+        max_tokens=MAX_TOKENS,
         num_warmup=3,
         seed=3,
         out=out,

@@ -21,7 +21,7 @@ from ab.fake_server import (
     PROMPT_TOKENS,
     ROUTED_MASS,
 )
-from ab.support import FAKE_SERVER, SilentProgress, make_plan
+from ab.support import FAKE_SERVER, MAX_TOKENS, SilentProgress, fake_command, make_plan
 from sglang_moelb.ab.cli import execute
 from sglang_moelb.ab.compare import compare_runs
 from sglang_moelb.ab.conditions import conditions
@@ -64,19 +64,31 @@ def running_server() -> Iterator[str]:
         process.kill()
 
 
-@pytest.mark.usefixtures("fake_servers")
-def test_a_run_leaves_a_report_whose_numbers_are_the_servers(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, "stock=", "auto=--plugin --shift 0.25 --flip-every 2")
-    assert execute(plan, Console(quiet=True))
-    html = (tmp_path / "report.html").read_text()
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole comparison, for the tests that only read it."""
+    out = tmp_path_factory.mktemp("report")
+    plan = make_plan(out, "stock=", "auto=--plugin --shift 0.25 --flip-every 2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sglang_moelb.ab.run.server_command", fake_command)
+        assert execute(plan, Console(quiet=True))
+    return out
+
+
+def test_the_report_has_every_section(report: Path) -> None:
+    html = (report / "report.html").read_text()
     for section in SECTIONS:
         assert f'<h2 id="{section}">' in html
-    result = json.loads((tmp_path / "result.json").read_text())
+
+
+def test_the_numbers_of_the_report_are_the_servers(report: Path) -> None:
+    html = (report / "report.html").read_text()
+    result = json.loads((report / "result.json").read_text())
     stock, auto = result["arms"]
     everything = stock["served"][0]
     assert everything["num_requests"] == 20
     assert everything["num_prompt_tokens"] == 20 * PROMPT_TOKENS
-    assert everything["num_output_tokens"] == 20 * plan.max_tokens
+    assert everything["num_output_tokens"] == 20 * MAX_TOKENS
     passes = auto["passes"]
     assert stock["passes"] is None
     assert passes["num_passes"] == passes["num_seen"] == 40  # two a request, without the warm-up
@@ -88,17 +100,15 @@ def test_a_run_leaves_a_report_whose_numbers_are_the_servers(tmp_path: Path) -> 
     assert row["distance_equal"]["mean"] == pytest.approx(0.25)
     assert 0 < row["num_equal"] < row["num_pairs"] == 20
     assert f"{row['num_equal']}/20" in html
-    assert row["token_share"] == pytest.approx(1 - (20 - row["num_equal"]) / (20 * 8))
+    assert row["token_share"] == pytest.approx(1 - (20 - row["num_equal"]) / (20 * MAX_TOKENS))
     for share in (passes["lost_share"], passes["overhead_share"]):
         assert f"{share * 100:.2g} %" in html or f"{share * 100:.1f} %" in html
 
 
-@pytest.mark.usefixtures("fake_servers")
-def test_the_page_needs_no_other_file_and_every_plot_is_beside_it(tmp_path: Path) -> None:
-    execute(make_plan(tmp_path, "stock=", "auto=--plugin"), Console(quiet=True))
-    html = (tmp_path / "report.html").read_text()
+def test_the_page_needs_no_other_file_and_every_plot_is_beside_it(report: Path) -> None:
+    html = (report / "report.html").read_text()
     assert not re.search(r'(?:src|srcset|href)="(?!data:)', html)
-    names = {path.stem for path in tmp_path.glob("*.png")}
+    names = {path.stem for path in report.glob("*.png")}
     assert names == {
         "throughput",
         "latency",

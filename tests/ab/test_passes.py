@@ -78,7 +78,8 @@ def test_balance_is_of_prefill_passes_with_tokens() -> None:
     assert passes is not None
     assert passes.balance_before == pytest.approx(1.3)
     assert passes.balance_after == pytest.approx(1.15)
-    assert passes.rows_ratio_before == pytest.approx(1.2)
+    assert passes.busiest_before == pytest.approx(1.2)
+    assert passes.busiest_after == pytest.approx(1.1)  # 55 of a mean of 50 before
     assert passes.vision_token_share == pytest.approx(0.5)
     assert passes.overhead_share == pytest.approx(0.1)
     assert passes.num_by_phase == {"prefill": 2, "decode": 1}

@@ -64,7 +64,7 @@ def test_children_of_a_server_that_never_gets_ready_are_ended_too(tmp_path: Path
         pytest.raises(ServerError, match=r"not ready after 2 s.*--ready-timeout"),
         serve([sys.executable, "-c", PARENT], port=pick_port(None), log=log, timeout_s=2),
     ):
-        pytest.fail("it must not be ready")
+        pass
     child = int(log.read_text().splitlines()[-1])
     assert wait_until_gone(child)
 

@@ -46,24 +46,24 @@ def test_equal_seeds_give_equal_workloads_and_others_do_not() -> None:
     assert demo_workload(20, seed=5) != demo_workload(20, seed=6)
 
 
-def test_of_ten_requests_six_have_images_and_two_of_those_have_several() -> None:
+def test_of_ten_requests_eight_have_images_and_three_of_those_have_several() -> None:
     requests = demo_workload(40, seed=1)
-    assert Counter(request.kind for request in requests) == {"image": 24, "text": 16}
-    assert sum(request.num_images > 1 for request in requests) == 8
+    assert Counter(request.kind for request in requests) == {"image": 32, "text": 8}
+    assert sum(request.num_images > 1 for request in requests) == 12
     for request in requests:
         assert len(image_sizes(request.messages)) == request.num_images
 
 
 def test_no_image_is_larger_than_the_side_and_sizes_vary() -> None:
     sizes = [size for r in demo_workload(40, seed=1) for size in image_sizes(r.messages)]
-    assert max(max(size) for size in sizes) <= 256
+    assert max(max(size) for size in sizes) <= 448
     assert len({max(size) for size in sizes}) == 4
 
 
 def test_texts_have_several_lengths() -> None:
     lengths = {r.num_chars for r in demo_workload(40, seed=1) if r.kind == "text"}
     assert min(lengths) < 60
-    assert max(lengths) > 600
+    assert max(lengths) > 400
 
 
 def test_the_warm_up_meets_image_and_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -33,7 +34,7 @@ ONE_EXPERT = (8000, 0, 0, 0, 0, 0, 0, 0)
 CHOSEN = Lever.EXPAND
 
 
-def served(settings: Config, passes: list[tuple[int, ...]]) -> list[Effects]:
+def served(settings: Config, passes: Sequence[Sequence[int]]) -> list[Effects]:
     return serve(Controller(settings, TOPOLOGY), passes)
 
 
@@ -216,6 +217,24 @@ def test_a_hot_change_holds_at_once_with_what_was_learned_and_a_new_epoch() -> N
     off = controller.reconfigure(in_mode("none"))
     assert (off.lever, off.reason, off.epoch) == (Lever.NONE, "mode none", wider.epoch + 1)
     assert controller.policy is off
+
+
+def test_a_hot_change_waits_for_no_dwell() -> None:
+    controller = Controller(config(min_dwell_passes=100), TOPOLOGY)
+    assert serve(controller, [SKEWED] * 2)[-1].policy.lever == CHOSEN
+    wider = merge(config(min_dwell_passes=100), {"capacity": {"factor": 3.0}})
+    assert controller.reconfigure(wider).lever == Lever.NONE
+
+
+def test_masses_of_dropped_rows_are_learned_anew_under_another_capacity() -> None:
+    controller = Controller(in_mode("drop", quality_budget=1.0), TOPOLOGY)
+    learned = serve(controller, [SKEWED] * 30)[-1].estimate.forecasts[1].lost_mass_share
+    controller.reconfigure(in_mode("observe", quality_budget=0.5))
+    kept = serve(controller, [SKEWED])[-1].estimate.forecasts[1].lost_mass_share
+    assert kept == pytest.approx(learned)
+    controller.reconfigure(merge(in_mode("observe"), {"capacity": {"metric": "random"}}))
+    blind = serve(controller, [SKEWED])[-1].estimate.forecasts[1].lost_mass_share
+    assert blind == pytest.approx(2300 / 8000)
 
 
 def test_the_same_change_twice_still_gives_a_new_epoch() -> None:

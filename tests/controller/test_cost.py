@@ -42,6 +42,7 @@ def test_a_compile_in_the_first_passes_leaves_no_trace() -> None:
 def test_an_old_machine_is_forgotten() -> None:
     slower = [replace(r, experts_ms_L=2.0 * r.experts_ms_L) for r in MIXED]
     assert fitted(MIXED + slower * 16) == pytest.approx((2 * FIXED_MS, 2 * MS_PER_ROW))
+    assert fitted(MIXED * 8 + slower * 8)[1] > 1.75 * MS_PER_ROW
 
 
 def test_scaling_times_scales_the_cost() -> None:

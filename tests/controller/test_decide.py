@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sglang_moelb.config import merge
+from sglang_moelb.config import Config, merge
 from sglang_moelb.controller import decide as decide_module
 from sglang_moelb.controller.decide import Standing, decide
 from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
@@ -18,7 +19,10 @@ CONFIG = config(quality_budget=0.02, min_gain=0.02, switch_margin=0.01, min_dwel
 
 
 def estimate(
-    *, drop: tuple[float, float] = (0.0, 0.0), expand: tuple[float, float] = (0.0, 0.0), **known
+    *,
+    drop: tuple[float, float] = (0.0, 0.0),
+    expand: tuple[float, float] = (0.0, 0.0),
+    **known: Any,
 ) -> LoadEstimate:
     """An estimate in which a lever has (gain, lost mass share)."""
     base = LoadEstimate(
@@ -37,7 +41,9 @@ def estimate(
     return replace(base, **known)
 
 
-def decided(seen: LoadEstimate, standing: Standing | None = None, settings=CONFIG) -> Decision:
+def decided(
+    seen: LoadEstimate, standing: Standing | None = None, settings: Config = CONFIG
+) -> Decision:
     return decide(seen, settings, standing or Standing())[0]
 
 
@@ -76,6 +82,13 @@ def test_starting_takes_a_margin_that_staying_does_not() -> None:
         "(confidence 0.90), below min_gain 2.0 % plus switch_margin 1.0 %"
     )
     assert decided(between, holding(Lever.DROP)).lever == Lever.DROP
+
+
+def test_a_gain_counts_to_start_a_lever_only_as_far_as_it_is_trusted() -> None:
+    seen = estimate(drop=(0.05, 0.001), confidence=0.5)
+    assert decided(seen).lever == Lever.NONE
+    assert decided(seen, holding(Lever.DROP)).lever == Lever.DROP
+    assert decided(replace(seen, confidence=0.7)).lever == Lever.DROP
 
 
 def test_changing_lever_takes_a_further_gain() -> None:
@@ -172,7 +185,7 @@ def test_a_budget_of_zero_lets_no_lossy_lever_act() -> None:
         ({"num_passes": 1, "confidence": 0.33}, "confidence 0.33 after 1 passes, below 0.47"),
     ],
 )
-def test_what_is_not_known_is_no_reason_to_act(known: dict[str, float], reason: str) -> None:
+def test_what_is_not_known_is_no_reason_to_act(known: dict[str, Any], reason: str) -> None:
     settings = merge(CONFIG, {"capacity": {"min_batch_tokens": 2048}})
     decision = decided(estimate(drop=(0.1, 0.001), **known), settings=settings)
     assert (decision.lever, decision.reason) == (Lever.NONE, reason)

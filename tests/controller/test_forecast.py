@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from .world import BALANCED, FIXED_MS, MS_PER_ROW, SKEWED, TOPOLOGY, record
 ONE_EXPERT = (8000, 0, 0, 0, 0, 0, 0, 0)
 
 
-def projected(one: StepRecord, **knobs: object) -> dict[Lever, Projection]:
+def projected(one: StepRecord, **knobs: Any) -> dict[Lever, Projection]:
     capacity = replace(Policy(epoch=0, capacity_factor=1.25), **knobs)
     projections = project(load.load_of(one, TOPOLOGY), TOPOLOGY, capacity)
     return {p.lever: p for p in projections}

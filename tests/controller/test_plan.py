@@ -10,21 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moelb.controller import plan
+from sglang_moelb.types import IntArray
+
+Load = tuple[IntArray, IntArray, IntArray]
 
 
 @st.composite
-def loads(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def loads(draw: st.DrawFn) -> Load:
     num_ranks, num_groups, num_bins = (draw(st.integers(1, 4)) for _ in range(3))
     amounts = st.integers(0, 9)
 
-    def drawn(*shape: int) -> np.ndarray:
+    def drawn(*shape: int) -> IntArray:
         size = int(np.prod(shape))
         return np.array(draw(st.lists(amounts, min_size=size, max_size=size))).reshape(shape)
 
     return drawn(num_ranks, num_groups, num_bins), drawn(num_groups), 6 * drawn(num_groups)
 
 
-def kept_by_rank(cuttable_RGB: np.ndarray, protected_G: np.ndarray, capacity_G: np.ndarray):
+def kept_by_rank(cuttable_RGB: IntArray, protected_G: IntArray, capacity_G: IntArray) -> IntArray:
     """Amounts that each rank keeps by its own plan, [R, G] without the protected."""
     kept_RG = np.zeros(cuttable_RGB.shape[:2], dtype=np.int64)
     for rank, mine_GB in enumerate(cuttable_RGB):
@@ -34,7 +37,7 @@ def kept_by_rank(cuttable_RGB: np.ndarray, protected_G: np.ndarray, capacity_G: 
     return kept_RG
 
 
-def brute_force(amounts_RB: np.ndarray, room: int) -> tuple[int, list[int]]:
+def brute_force(amounts_RB: IntArray, room: int) -> tuple[int, list[int]]:
     """Cut bin and quotas of one group, amount by amount from the largest bin down."""
     if amounts_RB.sum() <= room:
         return -1, [0] * len(amounts_RB)
@@ -56,7 +59,7 @@ def test_the_worked_example_of_the_docstring() -> None:
 
 
 @given(loads())
-def test_all_ranks_together_keep_all_that_finds_room_and_no_more(load) -> None:
+def test_all_ranks_together_keep_all_that_finds_room_and_no_more(load: Load) -> None:
     cuttable_RGB, protected_G, capacity_G = load
     total_G = cuttable_RGB.sum(axis=(0, 2))
     kept_G = kept_by_rank(*load).sum(axis=0)
@@ -68,7 +71,7 @@ def test_all_ranks_together_keep_all_that_finds_room_and_no_more(load) -> None:
 
 
 @given(loads())
-def test_plans_equal_a_brute_force(load) -> None:
+def test_plans_equal_a_brute_force(load: Load) -> None:
     cuttable_RGB, protected_G, capacity_G = load
     for rank in range(len(cuttable_RGB)):
         bins_G, quotas_G = plan.plan_cuts(cuttable_RGB, protected_G, capacity_G, rank)
@@ -79,9 +82,10 @@ def test_plans_equal_a_brute_force(load) -> None:
 
 
 @given(loads())
-def test_a_quota_never_exceeds_what_the_rank_holds_in_the_cut_bin(load) -> None:
-    for rank, mine_GB in enumerate(load[0]):
-        bins_G, quotas_G = plan.plan_cuts(*load, rank)
+def test_a_quota_never_exceeds_what_the_rank_holds_in_the_cut_bin(load: Load) -> None:
+    cuttable_RGB, protected_G, capacity_G = load
+    for rank, mine_GB in enumerate(cuttable_RGB):
+        bins_G, quotas_G = plan.plan_cuts(cuttable_RGB, protected_G, capacity_G, rank)
         held_G = np.take_along_axis(mine_GB, np.maximum(bins_G, 0)[:, None], axis=1)[:, 0]
         assert (quotas_G >= 0).all()
         assert (quotas_G <= held_G).all()
@@ -95,9 +99,9 @@ def test_quotas_are_exact_where_a_product_passes_63_bits() -> None:
 
 
 def test_narrow_integers_give_the_same_plan_as_wide_ones() -> None:
-    cuttable_RGB = np.full((2, 1, 2), 2_000_000_000, dtype=np.int32)
+    wide_RGB = np.full((2, 1, 2), 2_000_000_000, dtype=np.int64)
     args = np.array([0]), np.array([5_000_000_000]), 1
-    narrow, wide = (plan.plan_cuts(c, *args) for c in (cuttable_RGB, cuttable_RGB.astype(np.int64)))
+    narrow, wide = (plan.plan_cuts(wide_RGB.astype(t), *args) for t in (np.int32, np.int64))
     assert [a.tolist() for a in narrow] == [a.tolist() for a in wide] == [[0], [500_000_000]]
 
 

@@ -50,7 +50,7 @@ def in_mode(mode: str, **controller: float) -> Config:
 
 
 def record(
-    rows_E: Sequence[int],
+    load_E: Sequence[int],
     *,
     policy: Policy | None = None,
     step: int = 0,
@@ -59,9 +59,9 @@ def record(
     vision: float = 0.5,
     topology: Topology = TOPOLOGY,
 ) -> StepRecord:
-    """The record of a pass with `rows_E` in each layer, under `policy`, seen by rank 0."""
+    """The record of a pass with `load_E` rows in each layer, under `policy`, seen by rank 0."""
     policy = policy or Policy(epoch=0)
-    rows_E = np.array(rows_E, dtype=np.int64) * scale
+    rows_E = np.array(load_E, dtype=np.int64) * scale
     vision_E = (rows_E * vision).astype(np.int64)
     rows_LEM = np.tile(np.stack([rows_E - vision_E, vision_E], axis=1), (topology.num_layers, 1, 1))
     rows_R = rows_E.reshape(topology.num_ranks, -1).sum(axis=1)
@@ -105,7 +105,7 @@ def after_lever(rows_R: IntArray, policy: Policy) -> IntArray:
     return rows_R
 
 
-def serve(controller: Controller, passes: Iterable[Sequence[int]]) -> list[Effects]:
+def serve(controller: Controller, passes: Sequence[Sequence[int]]) -> list[Effects]:
     """Feed passes to the controller, each under the policy that it gave after the one before."""
     return [
         controller.step(

@@ -1,7 +1,8 @@
 """Which implementation the tests of an op run: the reference, or its Triton kernel.
 
 In a process started with TRITON_INTERPRET=1 (as test_interpreted_kernels.py starts one) every test
-of this folder runs the Triton kernel on CPU tensors, in Triton's interpreter; else the reference.
+of this folder runs the Triton kernel on CPU tensors, in Triton's interpreter; else the public
+function, which takes the reference for CPU tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def load_op() -> Callable[[str], Callable]:
     """A function from an op's name to the implementation under test."""
 
     def load(op: str) -> Callable:
-        module = "kernel" if INTERPRETED else "ref"
-        return getattr(importlib.import_module(f"sglang_moelb.kernels.{op}.{module}"), op)
+        module = f"sglang_moelb.kernels.{op}" + (".kernel" if INTERPRETED else "")
+        return getattr(importlib.import_module(module), op)
 
     return load

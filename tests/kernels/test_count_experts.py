@@ -112,7 +112,7 @@ def test_the_worked_example_of_the_docstring(count_experts: Callable) -> None:
         topk=2,
         key_rule=None,
     )
-    assert row_W.tolist() == [3, 1, 1, 1, 3, 0, 0, 0] + [2, 0, 1, 1, 1] + [2, 1, 1, 1, 2]
+    assert row_W.tolist() == [3, 1, 1, 1, 3, 0, 0, 0, 2, 0, 1, 1, 1, 2, 1, 1, 1, 2]
     assert keys_TC is None
 
 
@@ -208,6 +208,14 @@ def test_odd_weights_have_ordered_keys(count_experts: Callable) -> None:
     keys = keys_TC[0].tolist()
     assert keys[:5] == [0] * 5
     assert keys[5] < keys[6] < keys[7] < keys[8] < keys[9] == keys[10] == keys[11] == 32767
+
+
+def test_an_unknown_metric_is_refused(count_experts: Callable) -> None:
+    case = random_routing(3, 2, 4, seed=1)
+    rule = KeyRule(metric=9, preference=0)
+    inputs = (case.ids_TC, case.weights_TC, case.flags_T, None)
+    with pytest.raises(ValueError, match=r"metric 9 is not one of \[0, 1, 2, 3\]"):
+        count_experts(*inputs, num_experts=4, topk=2, key_rule=rule)
 
 
 def test_strided_rows_are_read_in_place(count_experts: Callable) -> None:

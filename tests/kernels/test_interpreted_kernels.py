@@ -20,13 +20,13 @@ OPS = ("count_experts", "plan_cuts", "cut_tokens", "widen_candidates", "token_am
     reason="the lean CPU install has no Triton; CI installs it for this test",
 )
 def test_every_triton_kernel_passes_the_tests_of_its_reference() -> None:
-    files = [str(HERE / f"test_{op}.py") for op in OPS]
+    files = [str(HERE / f"test_{name}.py") for name in (*OPS, "capacities")]
     # The interpreter computes in numpy, which warns of the infinities that some tests put in.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -149,8 +149,9 @@ def test_idle_ranks_take_part_and_get_no_quota(plan_cuts: Callable) -> None:
     assert_plans(plan_cuts, rows_RW, torch.full((2,), 100), 1, 4)
     _, quota_G = plan_cuts(rows_RW, torch.full((2,), 100), my_rank=1, num_experts=4)
     assert quota_G.tolist() == [0, 0]
-    cut_bin_G, _ = plan_cuts(torch.zeros_like(rows_RW), torch.zeros(4).long(), my_rank=0,
-                             num_experts=4)
+    cut_bin_G, _ = plan_cuts(
+        torch.zeros_like(rows_RW), torch.zeros(4).long(), my_rank=0, num_experts=4
+    )
     assert cut_bin_G.tolist() == [-1] * 4
 
 

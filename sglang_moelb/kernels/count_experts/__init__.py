@@ -46,24 +46,10 @@ def count_experts(
     Raises:
         ValueError: a key_rule with an unknown metric.
     """
+    args = (ids_TC, weights_TC, flags_T, amounts_T)
     if ids_TC.is_cuda:
-        from sglang_moelb.kernels.count_experts import kernel  # a host without Triton has no CUDA
+        # Imported late, because a host without a CUDA device may lack Triton.
+        from sglang_moelb.kernels.count_experts import kernel
 
-        return kernel.count_experts(
-            ids_TC,
-            weights_TC,
-            flags_T,
-            amounts_T,
-            num_experts=num_experts,
-            topk=topk,
-            key_rule=key_rule,
-        )
-    return ref.count_experts(
-        ids_TC,
-        weights_TC,
-        flags_T,
-        amounts_T,
-        num_experts=num_experts,
-        topk=topk,
-        key_rule=key_rule,
-    )
+        return kernel.count_experts(*args, num_experts=num_experts, topk=topk, key_rule=key_rule)
+    return ref.count_experts(*args, num_experts=num_experts, topk=topk, key_rule=key_rule)

@@ -29,6 +29,7 @@ from sglang_moelb.kernels.keys import KeyRule
 from sglang_moelb.types import Metric, Preference
 
 TILE_ENTRIES = 1024
+MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not exercised upstream
 
 AMOUNT_ONE = tl.constexpr(row_layout.AMOUNT_ONE)
 BIN_SHIFT = tl.constexpr(row_layout.BIN_SHIFT)
@@ -62,7 +63,6 @@ ORDER = tl.constexpr(int(Metric.ORDER))
 RANDOM = tl.constexpr(int(Metric.RANDOM))
 IMAGE_FIRST = tl.constexpr(int(Preference.IMAGE_FIRST))
 TEXT_FIRST = tl.constexpr(int(Preference.TEXT_FIRST))
-NO_KEYS = tl.constexpr(-1)
 # A tile counts tokens of 4 classes: 0 text, 1 vision, 2 protected text, 3 protected vision.
 NUM_CLASSES = tl.constexpr(4)
 PROTECTED_CLASS = tl.constexpr(2)
@@ -89,23 +89,21 @@ def _random_metric(token, expert, seed):
 
 
 @triton.jit
-def _keys(ids, token, amount, vision, weights_at, mask, num_tokens, seed, METRIC, PREFERENCE):
-    if METRIC == SCORE:
+def _keys(ids, token, amount, vision, weights_at, mask, num_tokens, metric, preference, seed):
+    # Branches at run time: a hot change of the policy must not wait for a compiler.
+    if metric == SCORE:
         value = tl.load(weights_at, mask=mask, other=0.0)
-        value *= amount.to(tl.float32) * (1.0 / AMOUNT_ONE)
-        metric = _score_metric(value)
-    elif METRIC == RANDOM:
-        metric = _random_metric(token, ids, seed)
+        key = _score_metric(value * (amount.to(tl.float32) * (1.0 / AMOUNT_ONE)))
+    elif metric == RANDOM:
+        key = _random_metric(token, ids, seed)
     else:
         place = (token * MAX_METRIC) // tl.maximum(num_tokens - 1, 1).to(tl.int64)
-        metric = place.to(tl.int32)
-        if METRIC == ORDER:
-            metric = MAX_METRIC - metric
-    if PREFERENCE == IMAGE_FIRST:
-        metric += tl.where(vision, 0, PREFERRED)
-    elif PREFERENCE == TEXT_FIRST:
-        metric += tl.where(vision, PREFERRED, 0)
-    return tl.where(mask, metric, 0)
+        place = tl.where(metric == ORDER, MAX_METRIC - place, place)
+        key = place.to(tl.int32) + tl.zeros_like(ids)
+    vision_first = (preference == TEXT_FIRST) & vision
+    text_first = (preference == IMAGE_FIRST) & (vision == 0)
+    key += tl.where(vision_first | text_first, PREFERRED, 0)
+    return tl.where(mask, key, 0)
 
 
 @triton.jit
@@ -113,7 +111,62 @@ def _add(at, values):
     tl.atomic_add(at, values, mask=values != 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "ids_stride", "weights_stride", "seed"])
+@triton.jit
+def _add_header(row_ptr, counted, vision, protected, amount):
+    counted_vision = counted * vision.to(tl.int32)
+    counted_protected = counted * protected.to(tl.int32)
+    tl.atomic_add(row_ptr + H_TOKENS, tl.sum(counted), sem="relaxed")
+    tl.atomic_add(row_ptr + H_VISION_TOKENS, tl.sum(counted_vision), sem="relaxed")
+    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, tl.sum(counted_protected), sem="relaxed")
+    tl.atomic_add(row_ptr + H_VISION_AMOUNT, tl.sum(counted_vision * amount), sem="relaxed")
+    tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
+
+
+@triton.jit
+def _add_rows(
+    row_ptr,
+    ids,
+    vision,
+    protected,
+    routed,
+    WITH_AMOUNTS: tl.constexpr,
+    NUM_ENTRIES: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+):
+    """Rows by expert, and their amounts where each is 1, of the entries in `routed`."""
+    # Rows of hot experts meet in a histogram of the tile first: one atomic a tile, not one a row.
+    token_class = vision.to(tl.int32) + PROTECTED_CLASS * protected.to(tl.int32)
+    codes = token_class[:, None] * TILE_EXPERTS + tl.where(routed, ids, 0)
+    rows = tl.histogram(
+        tl.reshape(codes, [NUM_ENTRIES]),
+        NUM_CLASSES * TILE_EXPERTS,
+        mask=tl.reshape(routed, [NUM_ENTRIES]),
+    )
+    rows = tl.reshape(rows, [NUM_CLASSES, TILE_EXPERTS])
+    of_class = tl.arange(0, NUM_CLASSES)[:, None]
+    text_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 0, rows, 0), axis=0)
+    vision_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 1, rows, 0), axis=0)
+    free_rows = tl.sum(tl.where(of_class < PROTECTED_CLASS, rows, 0), axis=0)
+    fixed_rows = text_rows + vision_rows - free_rows
+    counts_at = row_ptr + NUM_HEADER + tl.arange(0, TILE_EXPERTS) * NUM_COUNTS
+    _add(counts_at + C_TEXT_ROWS, text_rows)
+    _add(counts_at + C_VISION_ROWS, vision_rows)
+    _add(counts_at + C_PROTECTED_ROWS, fixed_rows)
+    if WITH_AMOUNTS:
+        _add(counts_at + C_PROTECTED_AMOUNT, fixed_rows)
+        _add(counts_at + C_CUTTABLE_AMOUNT, free_rows)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "ids_stride",
+        "weights_stride",
+        "metric",
+        "preference",
+        "seed",
+    ]
+)
 def _count(
     ids_ptr,
     weights_ptr,
@@ -124,13 +177,14 @@ def _count(
     num_tokens,
     ids_stride,
     weights_stride,
+    metric,
+    preference,
     seed,
     NUM_EXPERTS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     TOPK: tl.constexpr,
     HAS_AMOUNTS: tl.constexpr,
-    METRIC: tl.constexpr,
-    PREFERENCE: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_EXPERTS: tl.constexpr,
@@ -141,77 +195,50 @@ def _count(
     flags = tl.load(flags_ptr + token, mask=is_token, other=0)
     vision = (flags & FLAG_VISION) != 0
     protected = (flags & FLAG_PROTECTED) != 0
+    amount = tl.full([TILE_TOKENS], 1, tl.int32)
     if HAS_AMOUNTS:
         amount = tl.load(amounts_ptr + token, mask=is_token, other=0)
-    else:
-        amount = tl.full([TILE_TOKENS], 1, tl.int32)
     inside = is_token[:, None] & (column < NUM_COLUMNS)
     ids = tl.load(ids_ptr + token[:, None] * ids_stride + column, mask=inside, other=-1)
     ids = ids.to(tl.int32)
-
     routed = column < TOPK
     counted = tl.max(((ids >= 0) & routed).to(tl.int32), axis=1)
-    is_vision = counted * vision.to(tl.int32)
-    tl.atomic_add(row_ptr + H_TOKENS, tl.sum(counted), sem="relaxed")
-    tl.atomic_add(row_ptr + H_VISION_TOKENS, tl.sum(is_vision), sem="relaxed")
-    num_protected = tl.sum(counted * protected.to(tl.int32))
-    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, num_protected, sem="relaxed")
-    tl.atomic_add(row_ptr + H_VISION_AMOUNT, tl.sum(is_vision * amount), sem="relaxed")
-    tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
+    _add_header(row_ptr, counted, vision, protected, amount)
 
     valid = (ids >= 0) & (ids < NUM_EXPERTS)
-    cuttable = valid & (protected == 0)[:, None]
-    one = tl.full([TILE_TOKENS, TILE_COLUMNS], 1, tl.int32)
-    amounts = one * amount[:, None]
-
-    # Rows of hot experts meet in a histogram of the tile first: one atomic a tile, not one a row.
-    token_class = vision.to(tl.int32) + PROTECTED_CLASS * protected.to(tl.int32)
-    codes = token_class[:, None] * TILE_EXPERTS + tl.where(valid, ids, 0)
-    rows = tl.histogram(
-        tl.reshape(codes, [TILE_TOKENS * TILE_COLUMNS]),
-        NUM_CLASSES * TILE_EXPERTS,
-        mask=tl.reshape(valid & routed, [TILE_TOKENS * TILE_COLUMNS]),
+    _add_rows(
+        row_ptr,
+        ids,
+        vision,
+        protected,
+        valid & routed,
+        not HAS_AMOUNTS,
+        TILE_TOKENS * TILE_COLUMNS,
+        TILE_EXPERTS,
     )
-    rows = tl.reshape(rows, [NUM_CLASSES, TILE_EXPERTS])
-    of_class = tl.arange(0, NUM_CLASSES)[:, None]
-    expert = tl.arange(0, TILE_EXPERTS)
-    counts_at = row_ptr + NUM_HEADER + expert * NUM_COUNTS
-    text_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 0, rows, 0), axis=0)
-    vision_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 1, rows, 0), axis=0)
-    free_rows = tl.sum(tl.where(of_class < PROTECTED_CLASS, rows, 0), axis=0)
-    fixed_rows = text_rows + vision_rows - free_rows
-    _add(counts_at + C_TEXT_ROWS, text_rows)
-    _add(counts_at + C_VISION_ROWS, vision_rows)
-    _add(counts_at + C_PROTECTED_ROWS, fixed_rows)
-    entry_counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
+    cuttable = valid & (protected == 0)[:, None]
+    amounts = tl.zeros([TILE_TOKENS, TILE_COLUMNS], tl.int32) + amount[:, None]
+    counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
     if HAS_AMOUNTS:
         fixed = valid & routed & protected[:, None]
-        fixed_at = entry_counts_at + C_PROTECTED_AMOUNT
-        tl.atomic_add(fixed_at, amounts, mask=fixed, sem="relaxed")
-        cuttable_at = entry_counts_at + C_CUTTABLE_AMOUNT
-        tl.atomic_add(cuttable_at, amounts, mask=cuttable, sem="relaxed")
-    else:
-        _add(counts_at + C_PROTECTED_AMOUNT, fixed_rows)
-        _add(counts_at + C_CUTTABLE_AMOUNT, free_rows)
-        if NUM_COLUMNS > TOPK:
-            extra = cuttable & (column >= TOPK)
-            cuttable_at = entry_counts_at + C_CUTTABLE_AMOUNT
-            tl.atomic_add(cuttable_at, one, mask=extra, sem="relaxed")
+        tl.atomic_add(counts_at + C_PROTECTED_AMOUNT, amounts, mask=fixed, sem="relaxed")
+        tl.atomic_add(counts_at + C_CUTTABLE_AMOUNT, amounts, mask=cuttable, sem="relaxed")
+    elif NUM_COLUMNS > TOPK:
+        extra = cuttable & (column >= TOPK)
+        tl.atomic_add(counts_at + C_CUTTABLE_AMOUNT, amounts, mask=extra, sem="relaxed")
 
-    if METRIC != NO_KEYS:
-        weights_at = weights_ptr + token[:, None] * weights_stride + column
-        scale = amounts if HAS_AMOUNTS else one * AMOUNT_ONE
+    if HAS_KEYS:
         key = _keys(
             ids,
             token[:, None] + tl.zeros_like(column),
-            scale,
+            amounts if HAS_AMOUNTS else amounts * AMOUNT_ONE,
             vision[:, None],
-            weights_at,
+            weights_ptr + token[:, None] * weights_stride + column,
             valid,
             num_tokens,
+            metric,
+            preference,
             seed,
-            METRIC,
-            PREFERENCE,
         )
         tl.store(keys_ptr + token[:, None] * NUM_COLUMNS + column, key, mask=inside)
         bins_ptr = row_ptr + NUM_HEADER + NUM_EXPERTS * NUM_COUNTS
@@ -256,16 +283,17 @@ def count_experts(
         num_tokens,
         ids_TC.stride(0),
         weights_TC.stride(0),
+        0 if key_rule is None else int(key_rule.metric),
+        0 if key_rule is None else int(key_rule.preference),
         0 if key_rule is None else keys.hash_seed(key_rule.seed),
         NUM_EXPERTS=num_experts,
         NUM_COLUMNS=num_columns,
         TOPK=topk,
         HAS_AMOUNTS=amounts_T is not None,
-        METRIC=NO_KEYS.value if key_rule is None else int(key_rule.metric),
-        PREFERENCE=0 if key_rule is None else int(key_rule.preference),
+        HAS_KEYS=key_rule is not None,
         TILE_TOKENS=tile_tokens,
         TILE_COLUMNS=tile_columns,
-        TILE_EXPERTS=triton.next_power_of_2(num_experts),
+        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
         num_warps=8,
     )
     return row_W, keys_TC

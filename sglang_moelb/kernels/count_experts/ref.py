@@ -1,5 +1,4 @@
-"""Reference of `count_experts` in plain torch. Shape letters as in the package: T, C, W, E experts.
-"""
+"""Reference of `count_experts` in plain torch. Shape letters as in the package, E experts."""
 
 from __future__ import annotations
 

@@ -53,28 +53,10 @@ def cut_tokens(
     Raises:
         ValueError: E is no multiple of G.
     """
+    args = (ids_TC, weights_TC, keys_TC, flags_T, amounts_T, cut_bin_G, cut_quota_G)
     if ids_TC.is_cuda:
-        from sglang_moelb.kernels.cut_tokens import kernel  # a host without Triton has no CUDA
+        # Imported late, because a host without a CUDA device may lack Triton.
+        from sglang_moelb.kernels.cut_tokens import kernel
 
-        return kernel.cut_tokens(
-            ids_TC,
-            weights_TC,
-            keys_TC,
-            flags_T,
-            amounts_T,
-            cut_bin_G,
-            cut_quota_G,
-            num_experts=num_experts,
-            topk=topk,
-        )
-    return ref.cut_tokens(
-        ids_TC,
-        weights_TC,
-        keys_TC,
-        flags_T,
-        amounts_T,
-        cut_bin_G,
-        cut_quota_G,
-        num_experts=num_experts,
-        topk=topk,
-    )
+        return kernel.cut_tokens(*args, num_experts=num_experts, topk=topk)
+    return ref.cut_tokens(*args, num_experts=num_experts, topk=topk)

@@ -134,7 +134,8 @@ def _find(
                 marks_ptr, amounts_ptr, entry, target, num_entries, NUM_COLUMNS, HAS_AMOUNTS
             )
             here = tl.sum(amounts)
-            while here <= left:  # the sum at this key exceeds what is left, so this ends
+            # The sum at this key exceeds what is left, so this ends before the entries do.
+            while (here <= left) & (start < num_entries):
                 left -= here
                 start += SCAN_ENTRIES
                 amounts = _matching(
@@ -231,31 +232,70 @@ def cut_tokens(
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `sglang_moelb.kernels.cut_tokens`. Runs on the device of its tensors, no sync."""
-    num_groups, device = cut_bin_G.numel(), ids_TC.device
-    group_size = ref.experts_per_group(num_experts, num_groups)
-    num_tokens, num_columns = ids_TC.shape
-    new_ids_TC = torch.empty(ids_TC.shape, dtype=ids_TC.dtype, device=device)
-    new_weights_TC = torch.empty(ids_TC.shape, dtype=torch.float32, device=device)
-    if num_tokens == 0:
-        return new_ids_TC, new_weights_TC, torch.zeros(8, dtype=torch.int64, device=device)
+    group_size = ref.experts_per_group(num_experts, cut_bin_G.numel())
     ids_TC = ids_TC if ids_TC.stride(1) == 1 else ids_TC.contiguous()
     weights_TC = weights_TC if weights_TC.stride(1) == 1 else weights_TC.contiguous()
-    keys_TC = keys_TC.contiguous()
-    stats_8 = torch.empty(8, dtype=torch.int64, device=device)
-    marks_TC = torch.empty(ids_TC.shape, dtype=torch.int32, device=device)
-    sums = torch.zeros(num_groups * BIN_KEYS.value, dtype=torch.int32, device=device)
-    last_mark_G = torch.empty(num_groups, dtype=torch.int32, device=device)
-    end_G = torch.empty(num_groups, dtype=torch.int64, device=device)
-    amounts = flags_T if amounts_T is None else amounts_T
-    tile_columns = triton.next_power_of_2(num_columns)
-    tile_tokens = max(1, TILE_ENTRIES // tile_columns)
-    tiles = (triton.cdiv(num_tokens, tile_tokens),)
-    tile = {"TILE_TOKENS": tile_tokens, "TILE_COLUMNS": tile_columns, "num_warps": 8}
-    shape = {"NUM_EXPERTS": num_experts, "NUM_COLUMNS": num_columns}
-    weighted = {"HAS_AMOUNTS": amounts_T is not None}
-    _mark[tiles](
+    new_ids_TC = torch.empty(ids_TC.shape, dtype=ids_TC.dtype, device=ids_TC.device)
+    new_weights_TC = torch.empty(ids_TC.shape, dtype=torch.float32, device=ids_TC.device)
+    if ids_TC.numel() == 0:
+        return new_ids_TC, new_weights_TC, torch.zeros(8, dtype=torch.int64, device=ids_TC.device)
+    stats_8 = torch.empty(8, dtype=torch.int64, device=ids_TC.device)
+    tile = _tile(ids_TC, num_experts)
+    cuts = (cut_bin_G, cut_quota_G)
+    marks = _decide(ids_TC, keys_TC, flags_T, amounts_T, cuts, stats_8, group_size, tile)
+    num_tokens = len(ids_TC)
+    _apply[(triton.cdiv(num_tokens, tile["TILE_TOKENS"]),)](
         ids_TC,
-        keys_TC,
+        weights_TC,
+        flags_T,
+        *marks,
+        new_ids_TC,
+        new_weights_TC,
+        stats_8,
+        num_tokens,
+        ids_TC.stride(0),
+        weights_TC.stride(0),
+        TOPK=topk,
+        **tile,
+    )
+    return new_ids_TC, new_weights_TC, stats_8
+
+
+def _tile(ids_TC: Tensor, num_experts: int) -> dict[str, int]:
+    """Launch options that `_mark` and `_apply` share."""
+    tile_columns = triton.next_power_of_2(ids_TC.shape[1])
+    return {
+        "NUM_EXPERTS": num_experts,
+        "NUM_COLUMNS": ids_TC.shape[1],
+        "TILE_TOKENS": max(1, TILE_ENTRIES // tile_columns),
+        "TILE_COLUMNS": tile_columns,
+        "num_warps": 8,
+    }
+
+
+def _decide(
+    ids_TC: Tensor,
+    keys_TC: Tensor,
+    flags_T: Tensor,
+    amounts_T: Tensor | None,
+    cuts: tuple[Tensor, Tensor],
+    stats_8: Tensor,
+    group_size: int,
+    tile: dict[str, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The marks of all entries, and each group's last kept mark and the flat index at its end."""
+    cut_bin_G, cut_quota_G = cuts
+    num_tokens, num_columns = ids_TC.shape
+    marks_TC = torch.empty(ids_TC.shape, dtype=torch.int32, device=ids_TC.device)
+    sums = torch.zeros(
+        len(cut_bin_G) << row_layout.BIN_SHIFT, dtype=torch.int32, device=ids_TC.device
+    )
+    last_mark_G = torch.empty_like(cut_bin_G)
+    end_G = torch.empty_like(cut_bin_G, dtype=torch.int64)
+    amounts = flags_T if amounts_T is None else amounts_T
+    _mark[(triton.cdiv(num_tokens, tile["TILE_TOKENS"]),)](
+        ids_TC,
+        keys_TC.contiguous(),
         flags_T,
         amounts,
         cut_bin_G,
@@ -265,11 +305,10 @@ def cut_tokens(
         num_tokens,
         ids_TC.stride(0),
         GROUP_SIZE=group_size,
-        **shape,
-        **weighted,
+        HAS_AMOUNTS=amounts_T is not None,
         **tile,
     )
-    _find[(num_groups,)](
+    _find[(len(cut_bin_G),)](
         marks_TC,
         amounts,
         sums,
@@ -279,25 +318,8 @@ def cut_tokens(
         end_G,
         num_tokens * num_columns,
         NUM_COLUMNS=num_columns,
+        HAS_AMOUNTS=amounts_T is not None,
         SCAN_ENTRIES=SCAN_ENTRIES,
-        **weighted,
         num_warps=16,
     )
-    _apply[tiles](
-        ids_TC,
-        weights_TC,
-        flags_T,
-        marks_TC,
-        last_mark_G,
-        end_G,
-        new_ids_TC,
-        new_weights_TC,
-        stats_8,
-        num_tokens,
-        ids_TC.stride(0),
-        weights_TC.stride(0),
-        TOPK=topk,
-        **shape,
-        **tile,
-    )
-    return new_ids_TC, new_weights_TC, stats_8
+    return marks_TC, last_mark_G, end_G

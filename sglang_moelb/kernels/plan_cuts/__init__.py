@@ -40,7 +40,8 @@ def plan_cuts(
         ValueError: E is no multiple of G, my_rank is not below R, or rows have no histogram.
     """
     if rows_RW.is_cuda:
-        from sglang_moelb.kernels.plan_cuts import kernel  # a host without Triton has no CUDA
+        # Imported late, because a host without a CUDA device may lack Triton.
+        from sglang_moelb.kernels.plan_cuts import kernel
 
         return kernel.plan_cuts(rows_RW, capacity_G, my_rank=my_rank, num_experts=num_experts)
     return ref.plan_cuts(rows_RW, capacity_G, my_rank=my_rank, num_experts=num_experts)

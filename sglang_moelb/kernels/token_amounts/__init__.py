@@ -32,7 +32,8 @@ def token_amounts(hidden_TD: Tensor, flags_T: Tensor, valid_T: Tensor, *, delta:
         is above 1e-3, because they round logarithms and sums differently. No host sync.
     """
     if hidden_TD.is_cuda:
-        from sglang_moelb.kernels.token_amounts import kernel  # a host without Triton has no CUDA
+        # Imported late, because a host without a CUDA device may lack Triton.
+        from sglang_moelb.kernels.token_amounts import kernel
 
         return kernel.token_amounts(hidden_TD, flags_T, valid_T, delta=delta)
     return ref.token_amounts(hidden_TD, flags_T, valid_T, delta=delta)

@@ -1,4 +1,4 @@
-"""Triton kernel of `widen_candidates`: one program per tile of tokens takes the best num_extra times.
+"""Triton kernel of `widen_candidates`: a program takes the best of a tile of tokens, repeatedly.
 
 Scores are compared as 64-bit integers, score bits above the distance from the last local expert,
 so that ties go to the lower id.

@@ -1,0 +1,32 @@
+# make demo: compare stock and balanced SGLang on this machine, no GPU needed.
+# make test: everything CI runs. make check: the part without servers, for while you work.
+BIN := .venv/bin
+
+.PHONY: demo test check bench install lean clean
+
+demo: lean
+	$(BIN)/python -m sglang_moelb.demo
+
+test: install
+	bash scripts/test.sh all
+
+check: install
+	bash scripts/test.sh check
+
+bench: install
+	set -e; for file in benchmarks/bench_*.py; do \
+	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+# The environment that `make demo` needs, then the test tools on top.
+lean:
+	bash scripts/install_cpu.sh
+
+install: lean
+	cmp -s requirements/test.txt .venv/moelb-test.txt || { \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/test.txt && \
+	  cp requirements/test.txt .venv/moelb-test.txt; }
+
+clean:
+	rm -rf .venv build dist models demo-out ab-out *.egg-info .pytest_cache .ruff_cache \
+	  .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Stock against the controller on the same requests.  launch/ab.sh RECIPE [moelb ab OPTIONS...]
+. "$(dirname "$0")/common.sh"
+[[ $# -ge 1 ]] || die "usage: ab.sh RECIPE [moelb ab OPTIONS...]"
+read_recipe "$1"
+where=(--gpu) && common=(--tp-size "$RANKS" "${flags[@]}")
+[[ $DEVICE != cpu ]] || { where=(--cpu --ranks "$RANKS"); common=("${flags[@]}"); }
+start moelb ab --model "$MODEL" "${where[@]}" --arm stock= \
+  --arm "auto=--moelb-mode auto ${moelb_flags[*]}" "${@:2}" -- "${common[@]}"

@@ -1,0 +1,189 @@
+"""A record says what happened: it equals a plain count over the rows before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from sglang_moelb.ep.balance import LayerBalancer, LayerInput, LayerOutcome
+from sglang_moelb.ep.clock import mark_on
+from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.records import LayerLog, PassLog, build, close, rank_rows
+from sglang_moelb.ep.status import Ledger, balancedness
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.types import (
+    Level,
+    Lever,
+    Policy,
+    Rule,
+    Scope,
+    StepRecord,
+    Topology,
+)
+
+from .layers import NUM_EXPERTS, TOPK, agreed_on, layer_input, num_tokens_of, routing, topology
+from .ranks import Ranks
+
+pytestmark = pytest.mark.dist
+
+HOST = torch.device("cpu")
+POLICY = Policy(epoch=3, capacity_factor=0.8)
+NAMES = ("random", "skewed", "ties", "idle-rank", "padded", "last-expert", "all-protected")
+
+
+def one_pass(
+    group: dist.ProcessGroup,
+    rank: int,
+    payload: tuple[Topology, list[LayerInput], Agreed, Lever],
+) -> tuple[StepRecord, list[LayerOutcome]]:
+    """On a rank: all layers of a pass, and its record."""
+    sizes, layers, agreed, lever = payload
+    balancer = LayerBalancer(sizes, rank, Exchange(group))
+    log = PassLog(step=11, agreed=agreed, lever=lever, gate_reason="", begun=mark_on(HOST))
+    outcomes = []
+    for routed in layers:
+        outcome = balancer.run(routed, agreed, lever)
+        outcomes.append(outcome)
+        log.layers.append(LayerLog(layer=routed.layer, outcome=outcome))
+        for part in ("dispatch", "balanced", "experts", "combine", "combined"):
+            log.layers[-1].marks[part] = mark_on(HOST)
+    return build(close(log, HOST), sizes, rank), outcomes
+
+
+def run_pass(
+    ranks: Ranks, name: str, policy: Policy, num_ranks: int = 4
+) -> tuple[list[list[LayerInput]], list[tuple[StepRecord, list[LayerOutcome]]]]:
+    """Two layers routed as `name`; inputs and results, a rank each."""
+    sizes = topology(num_ranks)
+    layers = [routing(name, num_ranks, seed) for seed in range(sizes.num_layers)]
+    for layer in layers[1:]:  # a token keeps its flags from layer to layer
+        for first, later in zip(layers[0], layer, strict=True):
+            later.flags_T[:] = first.flags_T
+    agreed = agreed_on(policy, layers[0])
+    inputs = [
+        [
+            LayerInput(
+                **{**{n: getattr(layer[rank], n) for n in LayerInput.__slots__}, "layer": place}
+            )
+            for place, layer in enumerate(layers)
+        ]
+        for rank in range(num_ranks)
+    ]
+    results = ranks.run(one_pass, [(sizes, mine, agreed, policy.lever) for mine in inputs])
+    return inputs, results
+
+
+def rows_per_rank(ids: torch.Tensor, num_ranks: int) -> np.ndarray:
+    experts = [e for row in ids.tolist() for e in row if e >= 0]
+    return np.bincount([e * num_ranks // NUM_EXPERTS for e in experts], minlength=num_ranks)
+
+
+@pytest.mark.parametrize("lever", list(Lever))
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_before_and_tokens_equal_a_plain_count(ranks: Ranks, name: str, lever: Lever) -> None:
+    inputs, results = run_pass(ranks, name, replace(POLICY, lever=lever))
+    expected_LEM = np.zeros((2, NUM_EXPERTS, 2), dtype=np.int64)
+    for mine in inputs:
+        for layer, one in enumerate(mine):
+            for flags, experts in zip(one.flags_T.tolist(), one.ids_TK.tolist(), strict=True):
+                for expert in experts:
+                    if expert >= 0:
+                        expected_LEM[layer, expert, flags & FLAG_VISION] += 1
+    for rank, (record, _) in enumerate(results):
+        assert record.rows_LEM.tolist() == expected_LEM.tolist()
+        assert (record.step, record.rank, record.phase) == (11, rank, "prefill")
+        assert record.num_tokens_R.tolist() == [num_tokens_of(mine[0]) for mine in inputs]
+        for counted_R, flag in (
+            (record.num_vision_tokens_R, FLAG_VISION),
+            (record.num_protected_tokens_R, FLAG_PROTECTED),
+        ):
+            there = [(m[0].ids_TK >= 0).any(dim=1) & ((m[0].flags_T & flag) != 0) for m in inputs]
+            assert counted_R.tolist() == [int(t.sum()) for t in there]
+
+
+@pytest.mark.parametrize("lever", list(Lever))
+@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_after_equal_what_the_cut_really_left_on_each_rank(
+    ranks: Ranks, name: str, scope: Scope, level: Level, lever: Lever
+) -> None:
+    policy = replace(POLICY, lever=lever, scope=scope, level=level)
+    _, results = run_pass(ranks, name, policy)
+    real_LR = [
+        sum(rows_per_rank(outcomes[layer].ids_TC, 4) for _, outcomes in results).tolist()
+        for layer in range(2)
+    ]
+    assert all(record.rows_after_LR.tolist() == real_LR for record, _ in results)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+@pytest.mark.parametrize("lever", list(Lever))
+def test_masses_and_row_counts_of_the_ranks_own_tokens_equal_sums_of_weights(
+    ranks: Ranks, lever: Lever, rule: Rule
+) -> None:
+    inputs, results = run_pass(ranks, "skewed", replace(POLICY, lever=lever, rule=rule))
+    for mine, (record, outcomes) in zip(inputs, results, strict=True):
+        pairs = list(zip(mine, outcomes, strict=True))
+        routed = sum(float((i.weights_TK * (i.ids_TK >= 0)).sum()) for i, _ in pairs)
+        gone = [(i.ids_TK >= 0) & (o.ids_TC[:, :TOPK] < 0) for i, o in pairs]
+        lost = sum(float((i.weights_TK * g).sum()) for (i, _), g in zip(pairs, gone, strict=True))
+        added = sum(int((o.ids_TC[:, TOPK:] >= 0).sum()) for _, o in pairs)
+        added += sum(
+            int(((o.ids_TC[:, :TOPK] >= 0) & (o.ids_TC[:, :TOPK] != i.ids_TK)).sum())
+            for i, o in pairs
+        )
+        assert record.routed_mass == pytest.approx(routed, rel=1e-3)
+        assert record.lost_mass == pytest.approx(lost, rel=1e-3, abs=1e-3)
+        assert record.num_dropped_rows == sum(int(g.sum()) for g in gone)
+        assert record.num_added_rows == added
+        assert (record.moved_mass > 0) == (added > 0)
+        assert (record.lost_mass > 0) == (lever is not Lever.NONE)
+
+
+def test_a_dropped_row_is_lost_mass_and_a_rerouted_one_is_not(ranks: Ranks) -> None:
+    plain = replace(POLICY, lever=Lever.DROP, level=Level.EXPERT)
+    shares = []
+    for rule in Rule:
+        _, results = run_pass(ranks, "skewed", replace(plain, rule=rule))
+        shares.append(sum(r.lost_mass for r, _ in results) / sum(r.routed_mass for r, _ in results))
+    assert 0 < shares[Rule.MACS] < shares[Rule.PLAIN] < 1
+
+
+def test_times_are_in_milliseconds_and_in_the_order_of_the_parts(ranks: Ranks) -> None:
+    _, results = run_pass(ranks, "random", POLICY)
+    for record, _ in results:
+        assert (record.layer_ms_L >= record.experts_ms_L).all()
+        assert 0 < record.layer_ms_L.sum() <= record.step_ms < 60_000
+
+
+def test_balancedness_is_max_over_mean_and_one_without_rows() -> None:
+    assert balancedness(np.array([[2, 2], [3, 1], [4, 0], [0, 0]])) == [1.0, 1.5, 2.0, 1.0]
+
+
+def test_rows_of_experts_add_up_to_their_rank() -> None:
+    assert rank_rows(np.arange(8)[None], 4).tolist() == [[1, 5, 9, 13]]
+
+
+def test_the_ledger_sums_masses_and_shows_shares_of_the_last_passes(ranks: Ranks) -> None:
+    _, results = run_pass(ranks, "skewed", replace(POLICY, lever=Lever.DROP))
+    record = results[0][0]
+    ledger = Ledger(topology(4))
+    for _ in range(70):
+        ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
+    totals, recent = ledger.totals(), ledger.recent()
+    assert totals["num_passes"] == totals["num_prefill_passes"] == 70
+    assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70}
+    assert totals["lost_mass"] == pytest.approx(70 * record.lost_mass)
+    assert len(recent) == 64
+    assert recent[-1]["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
+    assert max(recent[-1]["balance_after_L"]) < max(recent[-1]["balance_before_L"])
+    assert recent[-1]["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
+
+
+def test_inputs_of_the_tests_themselves_are_reproducible() -> None:
+    assert torch.equal(layer_input(9, 4).ids_TK, layer_input(9, 4).ids_TK)

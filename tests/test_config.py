@@ -1,0 +1,284 @@
+"""Laws of the configuration tree: its knobs, what it refuses, and how it travels."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_moelb import config as configuration
+from sglang_moelb.config import (
+    CHOICES,
+    CONFIG_VARIABLE,
+    STANDIN_VARIABLE,
+    Config,
+    ConfigError,
+    flat,
+    from_environment,
+    from_numbers,
+    knobs,
+    load,
+    merge,
+    parse,
+    policy_of,
+    standin_requested,
+    to_environment,
+    to_numbers,
+)
+from sglang_moelb.controller.encode import FIELDS, decode, encode
+from sglang_moelb.types import MODES, READY_MODES, Level, Lever, Metric, Preference, Rule, Scope
+
+KNOBS = {
+    "mode": "none",
+    "capacity.factor": 1.25,
+    "capacity.level": "device",
+    "capacity.scope": "global",
+    "capacity.metric": "score",
+    "capacity.preference": "image-first",
+    "capacity.rule": "plain",
+    "capacity.renormalise": False,
+    "capacity.max_extra_experts": 0,
+    "capacity.macs_delta": 1.0,
+    "capacity.macs_rho": 0.5,
+    "capacity.min_batch_tokens": 2048,
+    "controller.window_passes": 32,
+    "controller.min_gain": 0.02,
+    "controller.switch_margin": 0.01,
+    "controller.min_dwell_passes": 4,
+    "controller.quality_budget": 0.02,
+    "controller.quality_window_passes": 256,
+    "controller.timeout_ms": 100.0,
+    "fault.controller": "none",
+}
+
+share = st.floats(0, 1)
+factor = st.floats(1e-6, 1000)
+trees = st.fixed_dictionaries(
+    {},
+    optional={
+        "mode": st.sampled_from(READY_MODES),
+        "capacity": st.fixed_dictionaries(
+            {},
+            optional={
+                "factor": factor,
+                "level": st.sampled_from(CHOICES["capacity.level"]),
+                "scope": st.sampled_from(CHOICES["capacity.scope"]),
+                "metric": st.sampled_from(CHOICES["capacity.metric"]),
+                "preference": st.sampled_from(CHOICES["capacity.preference"]),
+                "rule": st.sampled_from(CHOICES["capacity.rule"]),
+                "renormalise": st.booleans(),
+                "max_extra_experts": st.integers(0, 24),
+                "macs_delta": factor,
+                "macs_rho": share,
+                "min_batch_tokens": st.integers(0, 2**31 - 1),
+            },
+        ),
+        "controller": st.fixed_dictionaries(
+            {},
+            optional={
+                "window_passes": st.integers(1, 4096),
+                "min_gain": share,
+                "switch_margin": share,
+                "min_dwell_passes": st.integers(1, 65536),
+                "quality_budget": share,
+                "quality_window_passes": st.integers(1, 65536),
+                "timeout_ms": st.floats(1e-3, 1e9),
+            },
+        ),
+        "fault": st.fixed_dictionaries(
+            {}, optional={"controller": st.sampled_from(CHOICES["fault.controller"])}
+        ),
+    },
+)
+
+
+def test_the_knobs_and_their_defaults_are_these() -> None:
+    assert flat(Config()) == KNOBS
+    assert knobs() == list(KNOBS)
+
+
+@given(trees)
+def test_a_configuration_survives_each_way_it_travels(tree: dict[str, Any]) -> None:
+    config = parse(tree)
+    assert from_numbers(to_numbers(config)) == config
+    assert parse(load(config.to_json())) == config
+    assert merge(Config(), tree) == config
+    assert merge(config, {}) == config
+
+
+@given(trees)
+def test_what_travels_in_a_state_update_is_plain_numbers(tree: dict[str, Any]) -> None:
+    numbers = to_numbers(parse(tree))
+    assert all(isinstance(value, int | float) for value in numbers.values())
+    again = json.loads(json.dumps({k: v + 0 for k, v in numbers.items()}))
+    assert from_numbers(again) == parse(tree)
+
+
+@given(trees)
+def test_every_policy_of_every_configuration_fits_the_agreement(tree: dict[str, Any]) -> None:
+    policy = policy_of(parse(tree), Lever.DROP, epoch=3, reason="here")
+    words = encode(policy)
+    assert all(-(2**63) <= word < 2**63 for word in words)
+    agreed = decode(words, reason="there")
+    assert agreed.capacity_factor > 0
+    assert agreed.macs_delta > 0
+    assert agreed.capacity_factor == pytest.approx(policy.capacity_factor, abs=1e-6)
+
+
+def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
+    tree = {
+        "factor": 2.0, "level": "expert", "scope": "source", "metric": "random",
+        "preference": "text-first", "rule": "macs", "renormalise": True, "max_extra_experts": 5,
+        "macs_delta": 3.0, "macs_rho": 0.25, "min_batch_tokens": 9,
+    }  # fmt: skip
+    policy = policy_of(parse({"capacity": tree}), Lever.EXPAND, epoch=4, reason="why")
+    assert (policy.epoch, policy.lever, policy.reason) == (4, Lever.EXPAND, "why")
+    assert policy.capacity_factor == 2.0
+    assert (policy.level, policy.scope) == (Level.EXPERT, Scope.SOURCE)
+    assert (policy.metric, policy.preference) == (Metric.RANDOM, Preference.TEXT_FIRST)
+    assert (policy.rule, policy.renormalise) == (Rule.MACS, True)
+    assert (policy.max_extra_experts, policy.min_batch_tokens) == (5, 9)
+    assert (policy.macs_delta, policy.macs_rho) == (3.0, 0.25)
+    assert set(FIELDS) | {"reason"} == set(type(policy).__slots__)
+
+
+BAD: dict[str, list[Any]] = {
+    "mode": ["fast", "", 1, None, True, ["drop"], {"drop": 1}],
+    "capacity.factor": [0, -1, 0.0, 1e-9, 1001, 1e300, "1", None, True, [1], {"a": 1}],
+    "capacity.level": ["host", 0, None],
+    "capacity.scope": ["all", 1],
+    "capacity.metric": ["best", None],
+    "capacity.preference": ["image_first", 2],
+    "capacity.rule": ["MACS", False],
+    "capacity.renormalise": [0, 1, "true", None],
+    "capacity.max_extra_experts": [-1, 25, 1.5, "3"],
+    "capacity.macs_delta": [0, -2, 1e9, "x"],
+    "capacity.macs_rho": [-0.1, 1.1, "x"],
+    "capacity.min_batch_tokens": [-1, 2**31, 2**70, 0.5],
+    "controller.window_passes": [0, -1, 4097, 1.5],
+    "controller.min_gain": [-0.01, 1.01, "x"],
+    "controller.switch_margin": [-0.01, 2],
+    "controller.min_dwell_passes": [0, 2**70],
+    "controller.quality_budget": [-0.01, 1.01, None],
+    "controller.quality_window_passes": [0, 65537],
+    "controller.timeout_ms": [0, -1, 1e12, "fast"],
+    "fault.controller": ["explode", 1, None],
+}
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+def tree_of(knob: str, value: Any) -> dict[str, Any]:
+    *sections, key = knob.split(".")
+    return {sections[0]: {key: value}} if sections else {key: value}
+
+
+def test_every_knob_has_wrong_values_in_this_test() -> None:
+    assert list(BAD) == list(KNOBS)
+
+
+@pytest.mark.parametrize("knob", BAD)
+def test_a_wrong_value_is_an_error_that_names_knob_value_and_fix(knob: str) -> None:
+    values = BAD[knob] + (NOT_FINITE if isinstance(KNOBS[knob], float) else [])
+    for value in values:
+        for make in (parse, lambda tree: merge(Config(), tree)):
+            with pytest.raises(ConfigError) as caught:
+                make(tree_of(knob, value))
+            message = str(caught.value)
+            assert knob in message
+            if value is not None and value == value:
+                assert repr(value) in message, message
+            fixes = ("Expected `", "use one of ", "must be a finite number")
+            assert any(fix in message for fix in fixes), message
+            assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("tree", "name"),
+    [
+        ({"modus": 1}, "'modus'"),
+        ({"capacity": {"fac": 1}}, "'capacity.fac'"),
+        ({"controller": {"capacity.factor": 1}}, "'controller.capacity.factor'"),
+        ({"capacity": 3}, "capacity must be an object, found 3"),
+        ({"fault": None}, "fault must be an object, found None"),
+    ],
+)
+def test_an_unknown_knob_or_section_is_named_and_the_known_ones_are_told(
+    tree: dict[str, Any], name: str
+) -> None:
+    before = Config(mode="drop")
+    with pytest.raises(ConfigError, match=name):
+        merge(before, tree)
+    assert before == Config(mode="drop")
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m not in READY_MODES])
+def test_a_mode_without_its_lever_is_refused_by_name(mode: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{mode}' is not available.*Use one of none, observe"):
+        parse({"mode": mode})
+    assert parse({"mode": mode}, check_mode=False).mode == mode
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"mode": 99},
+        {"mode": -1},
+        {"mode": 0.5},
+        {"mode": float("nan")},
+        {"mode": MODES.index("replicate")},
+        {"capacity.level": 2},
+        {"capacity.factor": float("nan")},
+        {"capacity.factor": -1},
+        {"capacity.min_batch_tokens": 2**70},
+        {"capacity.max_extra_experts": 1.5},
+        {"unheard.of": 1},
+    ],
+)
+def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        from_numbers(numbers)
+
+
+def test_the_environment_carries_the_tree_and_its_absence_means_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, "")
+    assert from_environment() is None
+    monkeypatch.delenv(CONFIG_VARIABLE)
+    assert from_environment() is None
+    monkeypatch.setenv(CONFIG_VARIABLE, "{}")  # so that what is set below is taken back
+    config = merge(Config(), {"mode": "drop", "capacity": {"factor": 1.5}})
+    to_environment(config)
+    assert from_environment() == config
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False)])
+def test_the_stand_in_is_asked_for_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
+) -> None:
+    monkeypatch.setenv(STANDIN_VARIABLE, value)
+    assert standin_requested() is expected
+
+
+def test_register_without_flags_installs_only_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_moelb import plugin
+    from sglang_moelb.ep import install
+
+    installed: list[str] = []
+    monkeypatch.setattr(install, "verified_findings", list)
+    monkeypatch.setattr(install, "_install_hooks", lambda form, names: installed.extend(names))
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    plugin.register()
+    assert installed == list(install.FLAG_SEAMS)
+    monkeypatch.setenv(CONFIG_VARIABLE, "{}")
+    plugin.register()
+    others = installed[2 * len(install.FLAG_SEAMS) :]
+    assert {"dispatch", "model-loaded", "state"} <= set(others)
+    assert not set(others) & {*install.FLAG_SEAMS, *install.MAIN_SEAMS}
+
+
+def test_only_one_module_reads_the_environment_of_the_configuration() -> None:
+    assert configuration.CONFIG_VARIABLE == "SGLANG_MOELB_CONFIG"
