@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_moelb import config as configuration
 from sglang_moelb.config import (
     CHOICES,
     CONFIG_VARIABLE,
@@ -278,7 +277,3 @@ def test_register_without_flags_installs_only_the_flags(monkeypatch: pytest.Monk
     others = installed[2 * len(install.FLAG_SEAMS) :]
     assert {"dispatch", "model-loaded", "state"} <= set(others)
     assert not set(others) & {*install.FLAG_SEAMS, *install.MAIN_SEAMS}
-
-
-def test_only_one_module_reads_the_environment_of_the_configuration() -> None:
-    assert configuration.CONFIG_VARIABLE == "SGLANG_MOELB_CONFIG"

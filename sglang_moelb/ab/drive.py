@@ -17,6 +17,7 @@ from sglang_moelb.ab.types import Outcome, Plan, Request, RoundTime, Session
 from sglang_moelb.ab.workload import warmup_of
 
 WATCH_S = 0.5
+LATE_DEATH_S = 3.0
 
 
 @dataclass(slots=True)
@@ -75,6 +76,9 @@ async def _guarded(
         watch = asyncio.create_task(_watch(death))
         await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
         if work.done():
+            if log.outcomes and log.outcomes[-1].error:
+                # The connections of a dying server close a moment before its process is gone.
+                await asyncio.wait((watch,), timeout=LATE_DEATH_S)
             await _cancel(watch)
             try:
                 work.result()

@@ -11,7 +11,6 @@ Runs on the host and needs transformers; a few seconds a model.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,7 +31,6 @@ from transformers import (
 )
 
 from sglang_moelb.demo.weights import HIDDEN_SIZE, draw_weights, transpose_fused_experts
-
 
 Kind = Literal["text", "vl", "deepseek"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -114,15 +112,17 @@ def write_model(
         _write(recipe, Path(scratch), dtype)
         (Path(scratch) / MARKER).write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(scratch, folder)
+        Path(scratch).rename(folder)
         Path(scratch).mkdir()  # for the context manager to remove
     return folder
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and Qwen's special tokens; with the chat template of the models."""
-    alphabet = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    alphabet = {
+        char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

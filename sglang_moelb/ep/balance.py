@@ -71,7 +71,7 @@ class LayerBalancer:
         With `Lever.NONE` ids and weights are returned as they came, the very same tensors.
         """
         if lever is Lever.NONE:
-            return self._observe_only(routed, agreed)
+            return self._observe_only(routed)
         policy = agreed.policy
         topology = self._topology
         ids_TC, weights_TC = self._candidates(routed, agreed, lever)
@@ -141,7 +141,7 @@ class LayerBalancer:
             changed=True,
         )
 
-    def _observe_only(self, routed: LayerInput, agreed: Agreed) -> LayerOutcome:
+    def _observe_only(self, routed: LayerInput) -> LayerOutcome:
         row_W, _ = count_experts(
             routed.ids_TK,
             routed.weights_TK,
@@ -155,8 +155,7 @@ class LayerBalancer:
             ids_TC=routed.ids_TK,
             weights_TC=routed.weights_TK,
             counts_RW=self._exchange.gather(row_W),
-            # What passes without a lever route counts for the share that others lost.
-            stats_8=_routed_mass(routed) if agreed.phase == "prefill" else None,
+            stats_8=None,
             changed=False,
         )
 
@@ -208,14 +207,6 @@ def group_capacity(topology: Topology, agreed: Agreed, rank: int) -> int:
         num_groups_of(topology, policy.level),
     )
     return rows * AMOUNT_ONE if policy.rule is Rule.MACS else rows
-
-
-def _routed_mass(routed: LayerInput) -> torch.Tensor:
-    """The statistics of `cut_tokens` for a layer that was left alone, int64 `[8]`."""
-    stats_8 = torch.zeros(8, dtype=torch.int64, device=routed.weights_TK.device)
-    routed_TK = routed.weights_TK * (routed.ids_TK >= 0)
-    stats_8[0] = (routed_TK.sum(dtype=torch.float64) * MASS_ONE).round()
-    return stats_8
 
 
 def _scores(routed: LayerInput, num_experts: int) -> torch.Tensor:

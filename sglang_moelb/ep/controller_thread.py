@@ -23,6 +23,7 @@ from sglang_moelb.types import Effects, Lever, Observation, Policy, StepRecord
 State = Literal["running", "dead", "hung"]
 MAX_PENDING = 256
 HANG_POLL_S = 0.05
+LULL_S = 0.05  # records of a server that has nothing to do are read after this time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class ControllerThread:
         self._num_done = 0
         self._last_state: State = "running"
         self._stop = threading.Event()
+        self._in_pass = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moelb-controller", daemon=True)
         self._thread.start()
 
@@ -63,7 +65,12 @@ class ControllerThread:
             return
         self._num_submitted += 1
         self._submitted_s.append(time.monotonic())
+        self._in_pass.clear()
         self._inbox.put(pending)
+
+    def pass_begun(self) -> None:
+        """Tell the thread that the serving thread is busy launching a pass."""
+        self._in_pass.set()
 
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
@@ -134,6 +141,9 @@ class ControllerThread:
             if isinstance(item, Config):
                 self._policy = self._controller.reconfigure(item)
                 continue
+            # Between passes the serving thread works in Python on the critical path; during a pass
+            # it mostly waits for the device. The interpreter lock is better taken then.
+            self._in_pass.wait(timeout=LULL_S)
             record = item.build()
             effects = self._controller.step(Observation(record=record, now_s=time.monotonic()))
             self._policy = effects.policy

@@ -81,8 +81,12 @@ def close(log: PassLog, device: torch.device) -> HostCopy:
     return HostCopy(log=log, counts_LRW=counts_LRW, stats_L8=stats_L8, ended=mark_on(device))
 
 
-def build(copy: HostCopy, topology: Topology, rank: int) -> StepRecord:
-    """The record of a closed pass; waits for the device, so never on the hot path."""
+def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) -> StepRecord:
+    """The record of a closed pass; waits for the device, so never on the hot path.
+
+    `mass_per_token` is the gate mass of a token in a layer, by which passes without a lever are
+    counted: only a cut measures mass.
+    """
     if isinstance(copy.ended, DeviceMark):
         copy.ended.wait()
     log = copy.log
@@ -104,7 +108,9 @@ def build(copy: HostCopy, topology: Topology, rank: int) -> StepRecord:
         num_protected_tokens_R=header_RW[:, H_PROTECTED_TOKENS],
         rows_LEM=rows_LEM,
         rows_after_LR=_rows_after(counts_LREC, rows_LEM, log, topology),
-        routed_mass=stats_8[0] / MASS_ONE,
+        routed_mass=stats_8[0] / MASS_ONE
+        if log.lever is not Lever.NONE
+        else mass_per_token * int(counts_LRW[:, rank, H_TOKENS].sum()),
         lost_mass=stats_8[1] / MASS_ONE,
         moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
         num_dropped_rows=stats_8[3],

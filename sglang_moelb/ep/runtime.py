@@ -24,7 +24,7 @@ from sglang_moelb.ep.modality import Requests, RowWindow, requests_of, token_fla
 from sglang_moelb.ep.records import LayerLog, PassLog
 from sglang_moelb.ep.seams import SEAMS, Form
 from sglang_moelb.ep.status import Ledger
-from sglang_moelb.types import Lever, Policy, Topology
+from sglang_moelb.types import Lever, Policy, StepRecord, Topology
 
 logger = logging.getLogger("sglang_moelb")
 
@@ -69,6 +69,7 @@ class Runtime:
         self._layer: LayerLog | None = None
         self._policy = Policy(epoch=0)
         self._seams_verified = False
+        self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
 
     def note_requests(self, forward_batch: Any, batch: Any) -> None:
         """Remember on the batch which runs of its tokens are protected."""
@@ -101,6 +102,8 @@ class Runtime:
             begun=mark_on(self._seat.device),
         )
         self._step += 1
+        if self._controller:
+            self._controller.pass_begun()
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
@@ -153,11 +156,19 @@ class Runtime:
             verify_passed()
             self._seams_verified = True
         if self._controller and log.layers:
-            seat = self._seat
-            copy = records.close(log, seat.device)
+            copy = records.close(log, self._seat.device)
             self._controller.submit(
-                Pending(build=lambda: records.build(copy, seat.topology, seat.rank))
+                Pending(build=lambda: self._record(copy))
             )
+
+    def _record(self, copy: records.HostCopy) -> StepRecord:
+        """Build a record in the controller thread, and learn the mass of a token from a cut."""
+        seat = self._seat
+        record = records.build(copy, seat.topology, seat.rank, self._mass_per_token)
+        num_rows = int(record.num_tokens_R[seat.rank]) * seat.topology.num_layers
+        if record.used_lever is not Lever.NONE and num_rows:
+            self._mass_per_token = record.routed_mass / num_rows
+        return record
 
     def status(self) -> dict[str, Any]:
         """The state of this rank as plain JSON types; full on the leader only."""

@@ -28,6 +28,7 @@ SUPPORTED = (
     "DeepseekV3ForCausalLM",
     "KimiVLForConditionalGeneration",
 )
+SWITCH_INTERVAL_S = 0.0002
 SCORINGS = ("softmax", "sigmoid")
 
 
@@ -43,6 +44,9 @@ def attach_to(model_runner: Any, config: Config) -> None:
     group = parallel.moe_ep_group
     controller = ledger = None
     if seat.rank == LEADER:
+        # The controller thread computes in Python; the default of 5 ms would let it keep the
+        # interpreter lock from the serving thread for that long each time.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         ledger = Ledger(seat.topology)
         metrics = Metrics.if_enabled()
         controller = ControllerThread(

@@ -60,11 +60,9 @@ def test_a_server_is_ended_when_the_block_raises(tmp_path: Path) -> None:
 
 def test_children_of_a_server_that_never_gets_ready_are_ended_too(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with (
-        pytest.raises(ServerError, match=r"not ready after 2 s.*--ready-timeout"),
-        serve([sys.executable, "-c", PARENT], port=pick_port(None), log=log, timeout_s=2),
-    ):
-        pass
+    never = serve([sys.executable, "-c", PARENT], port=pick_port(None), log=log, timeout_s=2)
+    with pytest.raises(ServerError, match=r"not ready after 2 s.*--ready-timeout"):
+        never.__enter__()
     child = int(log.read_text().splitlines()[-1])
     assert wait_until_gone(child)
 

@@ -1,4 +1,4 @@
-"""nvidia-smi's output, as H100 hosts print it."""
+"""nvidia-smi's output, as a host of two H100s prints it (driver 580.159.04), and variations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ NIC Legend:
 
   NIC0: mlx5_0
 """
+TWO_H100 = """\
+\t\x1b[4mGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\t0-31\t0\t\tN/A
+GPU1\tNV18\t X \t0-31\t0\t\tN/A
+
+Legend:
+
+  X    = Self
+"""
 ONE = "\tGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\nGPU0\t X \t0-15\t0\t\tN/A\n"
 P2P = """\
- \tGPU0\tGPU1\t
+ \t\x1b[4mGPU0\tGPU1\t\x1b[0m
  GPU0\tX\tOK\t
  GPU1\tCNS\tX\t
 
@@ -53,6 +62,7 @@ def test_no_devices_is_no_gpu() -> None:
 
 def test_the_topology_is_the_gpu_part_without_cards_affinities_and_escapes() -> None:
     assert matrix_of(TOPO) == (("X", "NV18", "SYS"), ("NV18", "X", "NODE"), ("SYS", "NODE", "X"))
+    assert matrix_of(TWO_H100) == (("X", "NV18"), ("NV18", "X"))
     assert matrix_of(ONE) == (("X",),)
 
 

@@ -82,9 +82,9 @@ class _Servers:
         self._server: Server | None = None
 
     def get(self, wanted: _Wanted) -> Server:
-        if self._server is not None and self._wanted == wanted:
-            if self._server.process.poll() is None:
-                return self._server
+        server = self._server
+        if server is not None and self._wanted == wanted and server.process.poll() is None:
+            return server
         self.close()
         self._num_started += 1
         log = self._folder / f"server{self._num_started}.log"

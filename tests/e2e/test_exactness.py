@@ -53,12 +53,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Greedy tokens, their log-probabilities, and those of the prompt's text tokens after the
-    first; images' positions are left out."""
+    """Greedy tokens, their log-probabilities, and those of the prompt's tokens after the first;
+    the reference has None for a token of an image, which has no probability."""
 
     tokens: list[int]
     logprobs: list[float]
-    prompt_logprobs: list[float]
+    prompt_logprobs: list[float | None]
 
 
 def _asked(text: str, *images: str) -> Prompt:
@@ -124,15 +124,8 @@ def ask(server: Server, prompt: Prompt) -> Answer:
     return Answer(
         tokens=[token for _, token, _ in output],
         logprobs=[logprob for logprob, _, _ in output],
-        prompt_logprobs=[
-            logprob for logprob, token, _ in meta["input_token_logprobs"][1:] if _is_text(token)
-        ],
+        prompt_logprobs=[logprob for logprob, *_ in meta["input_token_logprobs"][1:]],
     )
-
-
-def _is_text(token: int) -> bool:
-    """Whether a prompt token is a byte or a special token other than an image's."""
-    return token < 261
 
 
 def _data_url(image: Image.Image) -> str:
@@ -148,6 +141,7 @@ class Reference:
         self._processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(folder)
         kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         self._model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        self._image_token = getattr(self._model.config, "image_token_id", None)
         # An idle server keeps its cores busy, and threads that wait for one another then crawl.
         torch.set_num_threads(1)
 
@@ -178,9 +172,8 @@ class Reference:
             tokens=tokens[num_prompt - 1 :].tolist(),
             logprobs=taken[num_prompt - 1 :],
             prompt_logprobs=[
-                logprob
+                None if token == self._image_token else logprob
                 for logprob, token in zip(taken, prompt_tokens, strict=False)
-                if _is_text(token)
             ],
         )
 
@@ -193,7 +186,7 @@ def max_distance(answer: Answer, reference: Answer) -> float:
         *zip(answer.logprobs, reference.logprobs, strict=True),
         *zip(answer.prompt_logprobs, reference.prompt_logprobs, strict=True),
     ]
-    return max(abs(a - b) for a, b in pairs)
+    return max(abs(a - b) for a, b in pairs if b is not None)
 
 
 def ask_together(server: Server, prompts: tuple[Prompt, ...]) -> list[Answer]:

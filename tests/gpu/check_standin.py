@@ -183,10 +183,11 @@ def main() -> int:
         bad = [f"rank {r}: {text}" for r, report in enumerate(reports) for text in report]
         num_bad += bool(bad)
         if rank == 0:
-            print(f"{'DIFFERS' if bad else 'equal  '} {name}" + "".join(f"\n  {t}" for t in bad))
-            sys.stdout.flush()
+            print("DIFFERS" if bad else "equal  ", name, *bad, sep="  ", flush=True)
     if rank == 0:
-        print(f"{len(CASES) - num_bad} of {len(CASES)} cases equal on {dist.get_world_size()} ranks")
+        print(
+            f"{len(CASES) - num_bad} of {len(CASES)} cases equal on {dist.get_world_size()} ranks"
+        )
     dist.barrier(group=gloo)
     dist.destroy_process_group()
     return 1 if num_bad else 0

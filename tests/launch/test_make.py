@@ -60,7 +60,9 @@ def test_the_whole_suite_runs_last_so_that_its_summary_ends_the_log() -> None:
     assert runs[1] == "-m pytest"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem
+)
 def test_scripts_are_valid_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
     assert "set -euo pipefail" in path.read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from sglang_moelb.demo.models import KINDS, Kind, make_tokenizer, write_model
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 
 @pytest.fixture(scope="module")

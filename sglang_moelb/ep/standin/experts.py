@@ -41,7 +41,7 @@ def run_experts(
     act = ACTIVATIONS[activation]
     num_columns = topk_ids_NK.shape[1]
     flat_ids = topk_ids_NK.reshape(-1)
-    # Sorted by expert and, within one, by row: the order of the sum does not depend on anything else.
+    # Sorted by expert and, within one, by row: nothing else decides the order of the sum.
     order = flat_ids.to(torch.int64).argsort(stable=True)
     num_absent = int((flat_ids < 0).sum())
     counts = torch.bincount(flat_ids[flat_ids >= 0], minlength=w13_eJH.shape[0]).tolist()

@@ -120,7 +120,8 @@ def register() -> None:
     """Entry point: install the stand-in's hooks, or leave the process untouched, or end it."""
     if not standin_requested():
         return
-    problems = [*find_shadow_problems(), *find_symbol_problems(SYMBOLS)]
+    # SGLang's modules cannot even be imported unless the shadowing ones are found first.
+    problems = find_shadow_problems() or find_symbol_problems(SYMBOLS)
     if problems:
         raise SystemExit("moelb stand-in cannot be installed:\n  " + "\n  ".join(problems))
     _install()
@@ -133,8 +134,10 @@ def find_shadow_problems() -> list[str]:
         spec = importlib.util.find_spec(name)
         found = spec.origin if spec is not None else None
         if found is None or SITE not in Path(found).resolve().parents:
-            problems.append(f"module {name}: expected in {SITE}, found {found}; put it first on "
-                            "PYTHONPATH, or start with python -m sglang_moelb.ep.standin.launch")
+            problems.append(
+                f"module {name}: expected in {SITE}, found {found}; put it first on "
+                "PYTHONPATH, or start with python -m sglang_moelb.ep.standin.launch"
+            )
     return problems
 
 

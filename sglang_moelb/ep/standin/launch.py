@@ -47,9 +47,7 @@ def cpu_environment(num_ranks: int) -> dict[str, str]:
     }
 
 
-def cpu_server_args(
-    num_ranks: int, a2a: A2A = "deepep", *, attention_dp: bool = True
-) -> list[str]:
+def cpu_server_args(num_ranks: int, a2a: A2A = "deepep", *, attention_dp: bool = True) -> list[str]:
     """Flags for a small model: tensor and expert parallel over `num_ranks`, graphs off, float32.
 
     Args:

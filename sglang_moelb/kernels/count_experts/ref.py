@@ -1,4 +1,9 @@
-"""Reference of `count_experts` in plain torch. Shape letters as in the package, E experts."""
+"""Reference of `count_experts` in plain torch.
+
+Tokens fall in 4 classes, which their flags number: text, vision, protected text, protected vision.
+Everything is a few `bincount`s by class, because on CPU this is what serves, in every layer.
+Shape letters: as in the package; K = topk, E experts, B bins, N entries.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,15 @@ from torch import Tensor
 
 from sglang_moelb.kernels import row_layout as layout
 from sglang_moelb.kernels.keys import KeyRule, row_keys
+
+NUM_CLASSES = 4
+CLASS_MASK = layout.FLAG_VISION | layout.FLAG_PROTECTED
+# What a row of each class adds to H_TOKENS, H_VISION_TOKENS and H_PROTECTED_TOKENS, and (without
+# the first column) what an amount adds to H_VISION_AMOUNT and H_AMOUNT.
+TOKENS_BY_CLASS = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
+TOKEN_AMOUNTS_BY_CLASS = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]])
+# The same for C_TEXT_ROWS, C_VISION_ROWS, C_PROTECTED_ROWS of routed rows.
+ROWS_BY_CLASS = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1], [0, 1, 1]])
 
 
 def count_experts(
@@ -19,58 +33,54 @@ def count_experts(
     topk: int,
     key_rule: KeyRule | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `sglang_moelb.kernels.count_experts`. Runs wherever its tensors are."""
-    width = layout.row_width(num_experts, with_histogram=key_rule is not None)
-    row_W = torch.zeros(width, dtype=torch.int32, device=ids_TC.device)
-    amount_T = torch.ones_like(flags_T, dtype=torch.int32) if amounts_T is None else amounts_T
-    _fill_header(row_W, ids_TC[:, :topk], flags_T, amount_T)
+    """See `sglang_moelb.kernels.count_experts`. Runs on the host."""
+    class_T = (flags_T & CLASS_MASK).long()
     valid_TC = (ids_TC >= 0) & (ids_TC < num_experts)
-    _fill_counts(row_W, ids_TC, valid_TC, flags_T, amount_T, num_experts, topk)
-    if key_rule is None:
-        return row_W, None
-    keys_TC = row_keys(ids_TC, weights_TC, flags_T, amounts_T, key_rule).where(valid_TC, 0)
-    cuttable_TC = valid_TC & ((flags_T & layout.FLAG_PROTECTED) == 0)[:, None]
-    bins = ids_TC[cuttable_TC] * layout.NUM_BINS + (keys_TC[cuttable_TC] >> layout.BIN_SHIFT)
-    amounts = amount_T[:, None].expand(ids_TC.shape)[cuttable_TC]
-    histogram = layout.histogram_of(row_W, num_experts).view(-1)
-    histogram.scatter_add_(0, bins.long(), amounts)
-    return row_W, keys_TC
+    codes_TC = (ids_TC * NUM_CLASSES + class_T[:, None]).where(valid_TC, num_experts * NUM_CLASSES)
+    parts = [
+        _header((ids_TC[:, :topk] >= 0).any(dim=1), class_T, amounts_T),
+        _counts(codes_TC, amounts_T, num_experts, topk),
+    ]
+    keys_TC = None
+    if key_rule is not None:
+        keys_TC = row_keys(ids_TC, weights_TC, flags_T, amounts_T, key_rule).where(valid_TC, 0)
+        cuttable_TC = valid_TC & (class_T < layout.FLAG_PROTECTED)[:, None]
+        size = num_experts * layout.NUM_BINS
+        bins_TC = ids_TC * layout.NUM_BINS + (keys_TC >> layout.BIN_SHIFT)
+        parts.append(_sums(bins_TC.where(cuttable_TC, size), amounts_T, size))
+    return torch.cat([part.flatten() for part in parts]).int(), keys_TC
 
 
-def _fill_header(row_W: Tensor, ids_TK: Tensor, flags_T: Tensor, amount_T: Tensor) -> None:
-    token_T = (ids_TK >= 0).any(dim=1)
-    vision_T = token_T & ((flags_T & layout.FLAG_VISION) != 0)
-    protected_T = token_T & ((flags_T & layout.FLAG_PROTECTED) != 0)
-    row_W[layout.H_TOKENS] = token_T.sum()
-    row_W[layout.H_VISION_TOKENS] = vision_T.sum()
-    row_W[layout.H_PROTECTED_TOKENS] = protected_T.sum()
-    row_W[layout.H_VISION_AMOUNT] = (amount_T * vision_T).sum()
-    row_W[layout.H_AMOUNT] = (amount_T * token_T).sum()
+def _sums(codes_TC: Tensor, amounts_T: Tensor | None, size: int) -> Tensor:
+    """Amounts by code, as int64 of `size`; the code `size` stands for no row."""
+    if amounts_T is None:
+        return torch.bincount(codes_TC.flatten(), minlength=size + 1)[:size]
+    # Sums of the float64 that bincount makes of amounts are exact up to 2**53.
+    amounts_TC = amounts_T.double()[:, None].expand(codes_TC.shape)
+    sums = torch.bincount(codes_TC.flatten(), amounts_TC.flatten(), minlength=size + 1)
+    return sums[:size].long()
 
 
-def _fill_counts(
-    row_W: Tensor,
-    ids_TC: Tensor,
-    valid_TC: Tensor,
-    flags_T: Tensor,
-    amount_T: Tensor,
-    num_experts: int,
-    topk: int,
-) -> None:
-    vision_T = ((flags_T & layout.FLAG_VISION) != 0).int()
-    protected_T = ((flags_T & layout.FLAG_PROTECTED) != 0).int()
-    fields_T5 = torch.stack(
-        (
-            1 - vision_T,
-            vision_T,
-            protected_T,
-            protected_T * amount_T,
-            (1 - protected_T) * amount_T,
-        ),
-        dim=1,
-    )
-    tokens, columns = valid_TC.nonzero(as_tuple=True)
-    values_N5 = fields_T5[tokens]
-    values_N5[columns >= topk, : layout.C_CUTTABLE_AMOUNT] = 0
-    counts_E5 = layout.counts_of(row_W, num_experts)
-    counts_E5.index_add_(0, ids_TC[tokens, columns].long(), values_N5)
+def _header(counted_T: Tensor, class_T: Tensor, amounts_T: Tensor | None) -> Tensor:
+    codes_T1 = class_T.where(counted_T, NUM_CLASSES)[:, None]
+    tokens_4 = _sums(codes_T1, None, NUM_CLASSES)
+    amounts_4 = tokens_4 if amounts_T is None else _sums(codes_T1, amounts_T, NUM_CLASSES)
+    header = tokens_4.new_zeros(layout.NUM_HEADER)
+    header[: layout.H_VISION_AMOUNT] = tokens_4 @ TOKENS_BY_CLASS
+    header[layout.H_VISION_AMOUNT : layout.H_AMOUNT + 1] = amounts_4 @ TOKEN_AMOUNTS_BY_CLASS
+    return header
+
+
+def _counts(codes_TC: Tensor, amounts_T: Tensor | None, num_experts: int, topk: int) -> Tensor:
+    size, by_class = num_experts * NUM_CLASSES, (num_experts, NUM_CLASSES)
+    codes_TK = codes_TC[:, :topk]
+    rows_E4 = _sums(codes_TK, None, size).view(by_class)
+    routed_E4 = rows_E4 if amounts_T is None else _sums(codes_TK, amounts_T, size).view(by_class)
+    all_E4 = routed_E4
+    if codes_TC.shape[1] > topk:
+        all_E4 = routed_E4 + _sums(codes_TC[:, topk:], amounts_T, size).view(by_class)
+    counts_E5 = rows_E4.new_empty(num_experts, layout.NUM_COUNTS)
+    counts_E5[:, : layout.C_PROTECTED_AMOUNT] = rows_E4 @ ROWS_BY_CLASS
+    counts_E5[:, layout.C_PROTECTED_AMOUNT] = routed_E4[:, layout.FLAG_PROTECTED :].sum(dim=1)
+    counts_E5[:, layout.C_CUTTABLE_AMOUNT] = all_E4[:, : layout.FLAG_PROTECTED].sum(dim=1)
+    return counts_E5

@@ -1,4 +1,4 @@
-"""The module that SGLang imports as `deep_ep`: the stand-in of `sglang_moelb`, for servers on CPU."""
+"""What SGLang imports as `deep_ep` in a server on CPU: the stand-in of `sglang_moelb`."""
 
 from sglang_moelb.ep.standin.deep_ep_buffer import (
     Buffer,

@@ -40,9 +40,7 @@ def assign_req_to_token_pool_cpu(
 ) -> None:
     """Write the cache slots of each request into its row, columns start to end (host, in place)."""
     taken = 0
-    rows = zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    )
+    rows = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for row, start, end in rows:
         slots = out_cache_loc[taken : taken + end - start]
         req_to_token[row, start:end] = slots.to(req_to_token.dtype)

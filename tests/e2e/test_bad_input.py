@@ -1,0 +1,151 @@
+"""Bad input ends with a clear error, changes nothing, and leaves the server serving."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_moelb.demo.models import write_model
+from sglang_moelb.ep.standin.launch import cpu_environment, cpu_server_args
+
+from .conftest import Serve
+from .talk import SHORT, call, observed, say, status
+
+pytestmark = pytest.mark.e2e
+
+BAD_BODIES: list[tuple[Any, str]] = [
+    (b"{", "not valid JSON"),
+    (b'{"mode\xff": 1}', "not valid JSON"),
+    (b'{"a":' * 50_000, "not valid JSON"),
+    ([1], "must be a JSON object"),
+    ({"modus": "drop"}, "unknown knob 'modus'"),
+    ({"mode": "replicate"}, "not available"),
+    ({"capacity": {"factor": -1}}, "capacity.factor is -1"),
+    ({"capacity": {"factor": 1e300}}, "capacity.factor is 1e+300"),
+    ({"capacity": {"min_batch_tokens": 1 << 70}}, "capacity.min_batch_tokens is"),
+    ({"mode": "drop", "capacity": {"rule": "x"}}, "use one of plain, macs"),
+    ({"kill": "please"}, "kill is 'please'"),
+]
+RAW_UPDATES = [
+    {"moelb.mode": 99},
+    {"moelb.mode": 0.5},
+    {"moelb.unheard": 1},
+    {"moelb.capacity.factor": -1},
+    {"moelb.capacity.min_batch_tokens": 2**62},
+    {"moelb.mode": 3, "not_a_knob": 1},
+]
+
+
+def test_bad_changes_are_refused_by_name_and_change_nothing(serve: Serve) -> None:
+    server = observed(serve)
+    before, said = status(server), say(server, SHORT)
+    for body, message in BAD_BODIES:
+        code, answer = call(server, "/moelb/config", body)
+        assert code == 400, (body, answer)
+        assert message in answer["error"]
+    after = status(server)
+    assert after["config"] == before["config"]
+    assert after["policy"] == before["policy"]
+    assert after["controller"]["state"] == "running"
+    assert say(server, SHORT) == said
+
+
+def test_raw_state_updates_that_mean_nothing_do_not_end_a_rank(serve: Serve) -> None:
+    """SGLang's own route reaches our knobs without our checks."""
+    server = observed(serve)
+    before, said = status(server)["config"], say(server, SHORT)
+    for update in RAW_UPDATES[:-1]:
+        call(server, "/set_internal_state", {"server_args": update})
+        assert status(server)["config"] == before, update
+    assert say(server, SHORT) == said
+    assert status(server)["ranks_answering"] == 2
+
+
+def test_the_kill_switch_means_none_at_once(serve: Serve) -> None:
+    server = observed(serve)
+    assert call(server, "/moelb/config", {"mode": "drop", "capacity": {"factor": 0.5}})[0] == 200
+    code, answer = call(server, "/moelb/config", {"kill": True})
+    assert (code, answer["config"]["mode"]) == (200, "none")
+    assert answer["config"]["capacity"]["factor"] == 0.5
+    say(server, SHORT)
+    now = status(server)
+    assert (now["mode"], now["policy"]["lever"], now["policy"]["reason"]) == (
+        "none", "none", "mode none",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90IGFuIGltYWdl"}}],
+        [{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}],
+        "",
+    ],
+    ids=["no-image", "no-base64", "empty-prompt"],
+)
+def test_a_bad_request_leaves_the_server_serving(serve: Serve, content: Any) -> None:
+    server = observed(serve)
+    said = say(server, SHORT)
+    body = {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    code, answer = call(server, "/v1/chat/completions", body)
+    if content:
+        assert 400 <= code < 600, answer
+    assert say(server, SHORT) == said
+    assert status(server)["controller"]["state"] == "running"
+
+
+LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
+    "another all-to-all": (
+        ["--moelb-mode", "drop", "--moe-a2a-backend", "none"],
+        ["--moe-a2a-backend none", "use --moe-a2a-backend deepep"],
+    ),
+    "one rank": (
+        ["--moelb-mode", "drop", "--tp-size", "1", "--ep-size", "1", "--attn-dp-size", "1"],
+        ["--tp-size 1", "use --tp-size 2 or more"],
+    ),
+    "not a number": (
+        ["--moelb-capacity-factor", "nan"],
+        ["--moelb-capacity-factor nan", "must be a finite number"],
+    ),
+    "no such file": (
+        ["--moelb-config", "no/such.json"],
+        ["--moelb-config no/such.json: cannot be read (No such file or directory)"],
+    ),
+    "a mode to come": (["--moelb-mode", "downgrade"], ["'downgrade' is not available"]),
+}
+
+
+def test_wrong_flags_end_the_launch_with_one_line_before_a_weight_is_loaded(
+    tmp_path: Path,
+) -> None:
+    model = write_model("text", tmp_path / "text")
+    command = [sys.executable, "-m", "sglang.launch_server", *cpu_server_args(2)]
+    command += ["--model-path", str(model)]
+    environment = {**os.environ, **cpu_environment(2)}
+    begun_s = time.monotonic()
+    launched = {
+        name: subprocess.Popen(
+            [*command, *flags],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for name, (flags, _) in LAUNCHES.items()
+    }
+    for name, process in launched.items():
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, (name, output[-2000:])
+        lines = [x for x in output.splitlines() if x.startswith("sglang_moelb: ")]
+        assert len(lines) == 1, (name, output[-2000:])
+        assert all(part in lines[0] for part in LAUNCHES[name][1]), lines[0]
+        assert "Traceback" not in output
+        assert "Load weight" not in output
+    assert time.monotonic() - begun_s < 120

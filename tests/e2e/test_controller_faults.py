@@ -1,0 +1,67 @@
+"""Whatever happens to the controller, the server goes on serving, in `none`, and says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .conftest import Serve, Server
+from .talk import SHORT, TEXT, call, change, observed, say, status, until
+
+pytestmark = pytest.mark.e2e
+
+DROP: dict[str, Any] = {"mode": "drop", "capacity": {"min_batch_tokens": 16, "factor": 0.5}}
+
+
+def fault(server: Server, kind: str) -> None:
+    body = {"fault": {"controller": kind}, "controller": {"timeout_ms": 100.0}}
+    code, answer = call(server, "/moelb/config", body)
+    assert code == 200, answer
+
+
+def test_a_hung_controller_means_none_until_it_answers_again(serve: Serve) -> None:
+    server = observed(serve)
+    exact = say(server, TEXT)
+    change(server, DROP)
+    assert say(server, TEXT) != exact
+    fault(server, "hang")
+    say(server, SHORT, num_tokens=8)
+
+    def hung() -> bool:
+        say(server, SHORT, num_tokens=2)
+        return bool(status(server)["controller"]["state"] == "hung")
+
+    until(hung)
+    assert say(server, TEXT) == exact, "nothing is dropped while nobody controls"
+    now = status(server)
+    assert now["policy"]["lever"] == "none"
+    assert now["policy"]["reason"] == "controller thread is hung"
+    fault(server, "none")
+    until(lambda: status(server)["controller"]["state"] == "running")
+    change(server, {"controller": {"timeout_ms": 5000.0}})
+    assert say(server, TEXT) != exact, "the lever is back"
+
+
+def test_a_dead_controller_means_none_within_one_pass_and_no_change_is_taken(
+    serve: Serve,
+) -> None:
+    server = observed(serve)
+    exact = say(server, TEXT)
+    change(server, DROP)
+    assert say(server, TEXT) != exact
+    fault(server, "die")
+    until(lambda: status(server)["controller"]["state"] == "dead")
+    config = status(server)["config"]
+    assert say(server, TEXT) == exact, "the very next pass is in none"
+    now = status(server)
+    assert now["policy"]["lever"] == "none"
+    assert now["policy"]["reason"] == (
+        "controller thread is dead: RuntimeError: fault.controller is 'die'"
+    )
+    for body in ({"mode": "drop"}, {"kill": True}):
+        code, answer = call(server, "/moelb/config", body)
+        assert code == 503
+        assert "restart the server" in answer["error"].lower()
+    assert status(server)["config"] == config
+    assert say(server, TEXT) == exact

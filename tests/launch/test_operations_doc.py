@@ -1,0 +1,107 @@
+"""Every table of docs/operations.md says what the code says."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+from pathlib import Path
+
+from sglang_moelb.config import CHOICES, Config, flat
+from sglang_moelb.ep import flags, install, runtime, start
+from sglang_moelb.ep.metrics import METRICS
+from sglang_moelb.ep.status import NUM_RECENT, Ledger
+from sglang_moelb.types import MODES, READY_MODES, Topology
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """The text under a heading."""
+    return re.split(r"^## ", PAGE.partition(f"## {title}\n")[2], flags=re.MULTILINE)[0]
+
+
+def rows(title: str) -> dict[str, list[str]]:
+    """Rows of the first table under a heading by their first cell, without backquotes."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def test_every_knob_has_its_default_its_unit_and_its_choices() -> None:
+    table = rows("Knobs")
+    assert list(table) == list(flat(Config()))
+    for knob, value in flat(Config()).items():
+        default, unit, meaning = table[knob]
+        assert json.loads(default.strip("`")) == value, knob
+        assert unit, knob
+        assert meaning, knob
+        if knob in CHOICES:
+            assert unit.split(", ") == list(CHOICES[knob]), knob
+
+
+def test_every_flag_is_named() -> None:
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    text = section("Knobs")
+    for action in parser._actions:
+        for option in action.option_strings:
+            if option.startswith("--moelb"):
+                assert f"`{option}`" in text
+
+
+def test_every_mode_is_there_and_those_that_are_refused_are_said_to_be() -> None:
+    table = rows("Modes")
+    assert set(table) == set(MODES)
+    for mode, cells in table.items():
+        assert cells[0].startswith("refused") == (mode not in READY_MODES)
+    refused = next(what for what in rows("Refused at start") if what.startswith("mode"))
+    assert set(re.findall(r"\w+", refused)) - {"mode"} == set(MODES) - set(READY_MODES)
+
+
+def test_every_metric_is_there_with_kind_labels_and_meaning() -> None:
+    expected = {m.name: [m.kind, ", ".join(m.labels), m.meaning] for m in METRICS}
+    assert rows("Metrics") == expected
+
+
+def test_every_field_of_the_status_is_there() -> None:
+    source = ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))
+    status = next(
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.FunctionDef) and node.name == "status"
+    )
+    dicts = [node for node in ast.walk(status) if isinstance(node, ast.Dict)]
+    largest = max(dicts, key=lambda node: len(node.keys))
+    names = {key.value for key in largest.keys if isinstance(key, ast.Constant)}
+    names |= set(re.findall(r'answer\["(\w+)"\]', ast.unparse(status).replace("'", '"')))
+    assert set(rows("Status")) == names | {"ranks_answering"}
+    assert f"the last {NUM_RECENT} passes" in section("Status")
+
+
+def test_what_symptoms_point_at_exists() -> None:
+    topology = Topology(num_layers=1, num_experts=4, num_ranks=2, topk=1)
+    assert "num_passes_by_lever" in Ledger(topology).totals()
+    known = set(re.findall(r'"(\w+)"', Path(install.__file__).with_name("status.py").read_text()))
+    for field in (
+        "gate_reason",
+        "rows_after_R",
+        "num_protected_tokens_R",
+        "balance_ms",
+        "step_ms",
+    ):
+        assert field in known
+        assert f"`{field}`" in section("It does not seem to work")
+
+
+def test_every_flag_that_is_refused_at_start_is_there() -> None:
+    text = section("Refused at start")
+    for flag, _, _ in install._refusals(argparse.Namespace()):
+        assert f"`{flag.split()[0]}" in text, flag
+    assert install.SGLANG_VERSION in text
+    families = {"Qwen3Moe": "Qwen3-MoE", "Qwen3VLMoe": "Qwen3-VL-MoE", "KimiVL": "Kimi-VL"}
+    families |= {"DeepseekV2": "DeepSeek-V2", "DeepseekV3": "-V3"}
+    for architecture in start.SUPPORTED:
+        family = architecture.partition("For")[0]
+        assert families[family] in text
