@@ -6,7 +6,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
-read -ra patched_tests <<< "${PATCHED_TESTS:-tests/ep tests/e2e}"
+# Left out: what runs without the plugin, and what does not get as far as a seam.
+default="tests/ep tests/e2e --ignore=tests/e2e/test_exactness.py --ignore=tests/e2e/test_bad_input.py"
+read -ra patched_tests <<< "${PATCHED_TESTS:-$default}"
 
 state() { "$BIN/moelb" patch status | tail -n 1; }
 is_pristine() { [[ $(state) == *": pristine,"* ]]; }

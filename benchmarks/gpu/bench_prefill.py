@@ -83,6 +83,8 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 await burst(session, args.url, [[1, 2, 3]] * 4, 1)
                 seconds, _ = await burst(session, args.url, prompts, 1)
                 row = {
+                    "hardware": args.hardware,
+                    "commit": args.commit,
                     "label": args.label,
                     "skew": float(skew),
                     "mode": mode,
@@ -124,6 +126,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--hardware", default="", help="kept in the rows")
+    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
     parser.add_argument("--identity", default="", help="file for single-request outputs")
     parser.add_argument("--out", required=True, help="JSON lines, appended")
     args = parser.parse_args()

@@ -52,17 +52,22 @@ serve() { # label, then flags
 }
 stop() { kill -9 -- "-$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; sleep 3; }
 trap stop EXIT
-bench() { # label modes
-  python3 -m benchmarks.gpu.bench_prefill --url "http://127.0.0.1:$port" --label "$1" \
-    --skew-file "$MOELB_BENCH_SKEW" --skews "${SKEWS:-1,2,3}" --modes "$2" --repeats "$repeats" \
-    --identity "$out/identity-$1.json" --out "$out/prefill.jsonl"
+hardware="$num_gpus x $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
+bench() { # label, modes of the large bursts, modes of the small ones
+  local common=(--url "http://127.0.0.1:$port" --label "$1" --skew-file "$MOELB_BENCH_SKEW"
+    --hardware "$hardware" --commit "${COMMIT:-}" --out "$out/prefill.jsonl")
+  python3 -m benchmarks.gpu.bench_prefill "${common[@]}" --skews "${SKEWS:-1,2,3}" --modes "$2" \
+    --repeats "$repeats" --identity "$out/identity-$1.json"
+  python3 -m benchmarks.gpu.bench_prefill "${common[@]}" --skews 1 --modes "$3" \
+    --requests "$num_gpus" --tokens 1024 --repeats "$((repeats * 8))"
 }
 
-serve stock-a && bench stock-a stock && stop
-serve moelb --moelb-mode observe && bench moelb "${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25}"
+serve stock-a && bench stock-a stock stock && stop
+serve moelb --moelb-mode observe
+bench moelb "${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25}" none,observe
 curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status.json"
 stop
-serve stock-b && bench stock-b stock && stop
+serve stock-b && bench stock-b stock stock && stop
 python3 - "$out" <<'PY'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])

@@ -20,7 +20,7 @@ from sglang_moelb.ab.server import pick_port, serve
 
 from .commands import LAUNCH
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(540)]  # two starts in one test
 
 READY_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 60.0
