@@ -14,8 +14,7 @@ check: install
 	bash scripts/test.sh check
 
 bench: install
-	set -e; for file in benchmarks/bench_*.py; do \
-	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 # The environment that `make demo` needs, then the test tools on top.
 lean:

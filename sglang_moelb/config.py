@@ -71,7 +71,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class CapacityConfig(_Section):
+class CapacityConfig(_Section, frozen=True):
     """Capacity of the levers `drop` and `expand` (Capacity-Aware Inference, MACS)."""
 
     factor: Factor = 1.25  # times the mean rows of a group
@@ -87,7 +87,7 @@ class CapacityConfig(_Section):
     min_batch_tokens: Count = 2048  # over all ranks; smaller passes are left alone
 
 
-class ControllerConfig(_Section):
+class ControllerConfig(_Section, frozen=True):
     """How the controller thread decides in mode `auto`."""
 
     window_passes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
@@ -99,13 +99,13 @@ class ControllerConfig(_Section):
     timeout_ms: Milliseconds = 100.0  # a record unread for longer, and for a pass, means `none`
 
 
-class FaultConfig(_Section):
+class FaultConfig(_Section, frozen=True):
     """Faults to inject, for tests and drills; never set in production."""
 
     controller: Literal["none", "die", "hang"] = "none"
 
 
-class Config(_Section):
+class Config(_Section, frozen=True):
     """All of it. `mode` is what the user allows; see `docs/operations.md`."""
 
     mode: Mode = "none"

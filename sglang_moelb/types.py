@@ -128,10 +128,11 @@ class Topology:
 class StepRecord:
     """What one pass saw and did, equal on all ranks but for the times, which are this rank's.
 
-    `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts
-    receive after the lever (exact under the plain rule, an estimate under MACS). Gate mass is the sum of routing weights;
-    `lost_mass` and `moved_mass` are of this rank's tokens. Times are in milliseconds; where a
-    layer's time is not known yet it is 0. Arrays are not to be written.
+    `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts receive
+    after it (exact under the plain rule, an estimate under MACS), the rows before where none acted.
+    Gate mass is the sum of routing weights; masses and numbers of dropped and added rows are of
+    this rank's tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
+    are not to be written.
     """
 
     step: int

@@ -21,6 +21,7 @@ from sglang_moelb.ab.types import AbError
 
 POLL_S = 0.25
 TERM_GRACE_S = 10.0
+CHILD_GRACE_S = 2.0  # for what is left of the group once the main process is gone
 LOG_TAIL_LINES = 25
 
 
@@ -129,15 +130,13 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     # seconds on diagnosing it.
     process.terminate()
     deadline_s = time.monotonic() + TERM_GRACE_S
-    while _group_alive(process) and time.monotonic() < deadline_s:
+    while process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    deadline_s = time.monotonic() + CHILD_GRACE_S
+    while _signal_group(process.pid, 0) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     _signal_group(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _group_alive(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()
-    return _signal_group(process.pid, 0)
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -154,6 +153,8 @@ def _terminate_like_ctrl_c() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job of a script
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     previous = {number: signal.signal(number, interrupt) for number in _ENDINGS}

@@ -119,9 +119,8 @@ def write_model(
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and Qwen's special tokens; with the chat template of the models."""
-    alphabet = {
-        char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: index for index, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -21,7 +21,6 @@ from sglang_moelb.kernels.plan_cuts import plan_cuts
 from sglang_moelb.kernels.row_layout import (
     AMOUNT_ONE,
     FLAG_PROTECTED,
-    MASS_ONE,
     NUM_COUNTS,
     NUM_HEADER,
 )
@@ -59,7 +58,9 @@ class LayerOutcome:
 class LayerBalancer:
     """Runs the pipeline of a layer for the policy of the current pass."""
 
-    def __init__(self, topology: Topology, rank: int, exchange: Exchange | SymmetricExchange) -> None:
+    def __init__(
+        self, topology: Topology, rank: int, exchange: Exchange | SymmetricExchange
+    ) -> None:
         self._topology = topology
         self._rank = rank
         self._exchange = exchange

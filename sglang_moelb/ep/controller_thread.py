@@ -142,8 +142,10 @@ class ControllerThread:
                 self._policy = self._controller.reconfigure(item)
                 continue
             # Between passes the serving thread works in Python on the critical path; during a pass
-            # it mostly waits for the device. The interpreter lock is better taken then.
-            self._in_pass.wait(timeout=LULL_S)
+            # it mostly waits for the device. The interpreter lock is better taken then. A backlog
+            # is worked off at once: until then the policy is none.
+            if self._inbox.empty():
+                self._in_pass.wait(timeout=LULL_S)
             record = item.build()
             effects = self._controller.step(Observation(record=record, now_s=time.monotonic()))
             self._policy = effects.policy

@@ -82,7 +82,7 @@ def add_routes(app: Any, tokenizer_manager: Any, config: Config) -> None:
     async def get_status() -> JSONResponse:
         return JSONResponse(await routes.status())
 
-    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
     async def post_config(request: Request) -> JSONResponse:
         code, answer = await routes.change(await request.body())
         return JSONResponse(answer, status_code=code)

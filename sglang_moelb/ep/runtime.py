@@ -19,7 +19,7 @@ from sglang_moelb.ep import points, records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_thread import ControllerThread, Pending
-from sglang_moelb.ep.exchange import Agreed, Agreement, Exchange, Sizes
+from sglang_moelb.ep.exchange import Agreed, Agreement, Exchange, Sizes, SymmetricExchange
 from sglang_moelb.ep.modality import Requests, RowWindow, requests_of, token_flags
 from sglang_moelb.ep.records import LayerLog, PassLog
 from sglang_moelb.ep.seams import SEAMS, Form
@@ -53,7 +53,7 @@ class Runtime:
         seat: Seat,
         config: Config,
         agreement: Agreement,
-        exchange: Exchange,
+        exchange: Exchange | SymmetricExchange,
         controller: ControllerThread | None,
         ledger: Ledger | None,
     ) -> None:
@@ -259,4 +259,4 @@ def verify_passed() -> None:
 
 
 def _is_normal(dispatcher: Any) -> bool:
-    return dispatcher._get_impl().dispatch_mode.name == "NORMAL"
+    return bool(dispatcher._get_impl().dispatch_mode.name == "NORMAL")

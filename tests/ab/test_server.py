@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,9 +18,11 @@ print(child.pid, flush=True)
 time.sleep(600)
 """
 KEEPER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from sglang_moelb.ab.server import serve
+ignored = sys.argv[4] == "ignored"
+signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
 command = [sys.executable, sys.argv[1], "--port", sys.argv[2]]
 with serve(command, port=int(sys.argv[2]), log=Path(sys.argv[3]), timeout_s=60) as server:
     print(server.process.pid, flush=True)
@@ -47,15 +48,17 @@ def fake(port: int) -> list[str]:
 
 def test_a_server_is_ended_when_the_block_raises(tmp_path: Path) -> None:
     port = pick_port(None)
-    pid = 0
-    with (
-        pytest.raises(RuntimeError, match="on purpose"),
-        serve(fake(port), port=port, log=tmp_path / "log", timeout_s=60) as server,
-    ):
-        pid = server.process.pid
-        assert alive(pid)
-        raise RuntimeError("on purpose")
-    assert wait_until_gone(pid)
+    seen: list[int] = []
+
+    def fail_inside() -> None:
+        with serve(fake(port), port=port, log=tmp_path / "log", timeout_s=60) as server:
+            seen.append(server.process.pid)
+            assert alive(server.process.pid)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert wait_until_gone(seen[0])
 
 
 def test_children_of_a_server_that_never_gets_ready_are_ended_too(tmp_path: Path) -> None:
@@ -67,18 +70,34 @@ def test_children_of_a_server_that_never_gets_ready_are_ended_too(tmp_path: Path
     assert wait_until_gone(child)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_us_ends_the_server(tmp_path: Path, number: signal.Signals) -> None:
-    port = pick_port(None)
-    command = [sys.executable, "-c", KEEPER, str(FAKE_SERVER), str(port), str(tmp_path / "log")]
+@pytest.mark.parametrize(
+    ("number", "interrupts"),
+    [
+        (signal.SIGINT, "default"),
+        (signal.SIGTERM, "default"),
+        (signal.SIGHUP, "default"),
+        (signal.SIGTERM, "ignored"),  # as in a background job of a script
+    ],
+)
+def test_a_signal_to_us_ends_the_server(
+    tmp_path: Path, number: signal.Signals, interrupts: str
+) -> None:
+    port = str(pick_port(None))
+    arguments = [str(FAKE_SERVER), port, str(tmp_path / "log"), interrupts]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", KEEPER, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as us:
         assert us.stdout is not None
         pid = int(us.stdout.readline())
         assert alive(pid)
-        os.kill(us.pid, number)
-        us.wait(timeout=30)
+        us.send_signal(number)
+        try:
+            us.wait(timeout=60)
+        finally:
+            us.kill()
     assert wait_until_gone(pid)
 
 

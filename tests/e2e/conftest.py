@@ -132,8 +132,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             )
         )
 
-    yield get
-    servers.close()
+    # A runner that gives up on pytest sends SIGTERM, at which pytest would leave the server behind.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield get
+    finally:
+        servers.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(wanted: _Wanted, model: Path, log: Path) -> Server:

@@ -82,7 +82,8 @@ def test_flags_are_laid_over_the_configuration_and_a_file_is_read(tmp_path: Path
     config = config_of(
         "--moelb-config", str(path), "--moelb-mode", "drop", "--moelb-capacity-factor", "1.5"
     )
-    assert config == merge(Config(), {"mode": "drop", "capacity": {"factor": 1.5, "level": "expert"}})
+    capacity = {"factor": 1.5, "level": "expert"}
+    assert config == merge(Config(), {"mode": "drop", "capacity": capacity})
 
 
 def test_the_help_names_every_knob_and_every_default() -> None:

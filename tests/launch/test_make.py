@@ -79,3 +79,55 @@ def test_sglang_is_pinned_alike_everywhere() -> None:
     assert project["optional-dependencies"]["gpu"] == [f"sglang=={SGLANG_VERSION}"]
     assert pins("cpu-nodeps.txt")["sglang"] == SGLANG_VERSION
     assert (ROOT / "patches" / f"sglang-{SGLANG_VERSION}" / "series").is_file()
+
+
+FAKE_MOELB = """#!/bin/bash
+state=$(dirname "$0")/state
+case "$2" in
+  status) echo "sglang 0.5.23 in /site: $(cat "$state"), and so on" ;;
+  apply) echo applied > "$state" ;;
+  revert) echo pristine > "$state" ;;
+esac
+"""
+FAKE_PYTHON = """#!/bin/bash
+here=$(dirname "$0")
+echo "$(cat "$here/state"): $*" >> "$here/calls"
+[[ $(cat "$here/state") != "${FAIL_WHEN:-never}" ]] || exit 3
+"""
+
+
+def run_both_forms(folder: Path, state: str = "pristine", **env: str) -> tuple[int, list[str], str]:
+    """Exit code, what pytest was called with in which state, and the state left behind."""
+    for name, text in (("moelb", FAKE_MOELB), ("python", FAKE_PYTHON)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "state").write_text(state + "\n")
+    (folder / "calls").touch()
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "test_both_forms.sh")],
+        env={"PATH": "/usr/bin:/bin", "BIN": str(folder), **env},
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    calls = (folder / "calls").read_text().splitlines()
+    return done.returncode, calls, (folder / "state").read_text().strip()
+
+
+def test_both_forms_are_run_and_the_environment_is_left_pristine(tmp_path: Path) -> None:
+    code, calls, left = run_both_forms(tmp_path)
+    assert (code, left) == (0, "pristine")
+    assert calls[0].startswith("applied: -m pytest tests/ep tests/e2e")
+    assert calls[1] == "pristine: -m pytest"
+
+
+@pytest.mark.parametrize("form", ["applied", "pristine"])
+def test_a_failure_in_either_form_fails_and_is_still_reverted(tmp_path: Path, form: str) -> None:
+    code, calls, left = run_both_forms(tmp_path, FAIL_WHEN=form)
+    assert (code, left) == (3, "pristine")
+    assert len(calls) == 2
+
+
+def test_an_environment_that_is_not_pristine_is_refused_and_left_alone(tmp_path: Path) -> None:
+    code, calls, left = run_both_forms(tmp_path, state="applied")
+    assert (code, calls, left) == (2, [], "applied")

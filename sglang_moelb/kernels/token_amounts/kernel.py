@@ -68,7 +68,7 @@ def _entropies(
         total = tl.sum(exps, axis=0)
         value = tl.log(total) - tl.sum(products, axis=0) / total
         value = tl.where(value < 0, 0.0, value)
-        entropy = tl.where((value == value) & (value < INFINITY), value, NOT_VISUAL)
+        entropy = tl.where(value < INFINITY, value, NOT_VISUAL)  # NaN is not below it either
     tl.store(entropy_ptr + token, entropy)
 
 

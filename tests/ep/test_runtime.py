@@ -1,0 +1,273 @@
+"""Laws of what one process does between the seams, with ranks that all hold what this one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from sglang_moelb.config import Config, merge, policy_of, to_numbers
+from sglang_moelb.ep import points
+from sglang_moelb.ep.exchange import Agreed, Sizes
+from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.runtime import KNOB_PREFIX, Runtime, Seat, gate_reason
+from sglang_moelb.ep.seams import SEAMS
+from sglang_moelb.types import Lever, Policy
+
+from .layers import NUM_EXPERTS, TOPK, layer_input, topology
+
+NUM_RANKS = 2
+START = merge(Config(), {"mode": "drop", "capacity": {"min_batch_tokens": 4, "factor": 0.5}})
+
+
+class TopK(NamedTuple):
+    """SGLang's top-k output."""
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: torch.Tensor
+
+
+class Dispatcher:
+    """SGLang's DeepEP dispatcher, as far as we ask it."""
+
+    def __init__(self, mode: str = "NORMAL") -> None:
+        self._mode = mode
+
+    def _get_impl(self) -> Any:
+        return SimpleNamespace(dispatch_mode=SimpleNamespace(name=self._mode))
+
+
+class Agreeing:
+    def agree(self, policy: Policy, sizes: Sizes) -> Agreed:
+        return Agreed(policy=policy, sizes_R=(sizes,) * NUM_RANKS)
+
+
+class Mirroring:
+    def gather(self, row_W: torch.Tensor) -> torch.Tensor:
+        return row_W.expand(NUM_RANKS, -1).contiguous()
+
+
+class Clock:
+    """A controller thread that takes what it is given."""
+
+    def __init__(self) -> None:
+        self.configs: list[Config] = []
+        self.records: list[Any] = []
+        self.state = "running"
+        self.effects = None
+        self.lever = Lever.DROP
+
+    @property
+    def num_submitted(self) -> int:
+        return len(self.records)
+
+    def pass_begun(self) -> None:
+        """Nothing to do."""
+
+    def policy(self) -> Policy:
+        return policy_of(START, self.lever, epoch=1, reason="test")
+
+    def reconfigure(self, config: Config) -> None:
+        self.configs.append(config)
+
+    def submit(self, pending: Any) -> None:
+        self.records.append(pending.build())
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def dispatcher() -> Dispatcher:
+    return Dispatcher()
+
+
+@pytest.fixture
+def runtime(clock: Clock, dispatcher: Dispatcher) -> Iterator[Runtime]:
+    seat = Seat(
+        topology=replace(topology(NUM_RANKS), num_layers=1),
+        rank=0,
+        device=torch.device("cpu"),
+        window=RowWindow(attn_tp_size=1, attn_tp_rank=0),
+        layer_of_dispatcher={id(dispatcher): 0},
+        scoring=("softmax",),
+        form="hook",
+    )
+    for seam in SEAMS:
+        points.num_passed[seam.name] += 1
+    yield Runtime(seat, START, Agreeing(), Mirroring(), clock, None)  # type: ignore[arg-type]
+    points.detach()
+
+
+def forward_batch(num_tokens: int, requests: Requests | None) -> SimpleNamespace:
+    batch = SimpleNamespace(input_ids=torch.zeros(num_tokens, dtype=torch.int64))
+    if requests is not None:
+        batch.moelb_requests = requests
+    return batch
+
+
+def serve(
+    runtime: Runtime, dispatcher: Any, requests: Requests | None, num_tokens: int = 40
+) -> tuple[TopK, TopK]:
+    """One pass of one layer: the top-k output before and after."""
+    routed = layer_input(num_tokens, seed=3)
+    before = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    runtime.begin_pass(forward_batch(num_tokens, requests))
+    after = runtime.before_dispatch(dispatcher, routed.hidden_TD, before)
+    runtime.before_experts()
+    runtime.after_experts()
+    runtime.after_combine()
+    runtime.end_pass()
+    return before, after
+
+
+PREFILL = Requests(runs=((40, False),), phase="prefill")
+
+
+def test_a_lever_rewrites_ids_and_weights_and_nothing_else(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    before, after = serve(runtime, dispatcher, PREFILL)
+    assert (after.topk_ids != before.topk_ids).any()
+    assert after.topk_ids.dtype == before.topk_ids.dtype
+    assert after.router_logits is before.router_logits
+    (record,) = clock.records
+    assert record.num_dropped_rows == int((after.topk_ids < 0).sum())
+    assert record.lost_mass > 0
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        Requests(runs=((40, True),), phase="decode"),
+        Requests(runs=(), phase="idle"),
+        Requests(runs=((1, False),), phase="prefill"),  # below min_batch_tokens over both ranks
+        None,
+    ],
+    ids=["decode", "idle", "small", "unknown"],
+)
+def test_where_the_lever_must_not_act_the_same_object_is_dispatched(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, requests: Requests | None
+) -> None:
+    before, after = serve(runtime, dispatcher, requests)
+    assert after is before
+    (record,) = clock.records
+    assert record.lost_mass == 0
+    assert record.used_lever is Lever.NONE
+    assert record.gate_reason
+
+
+def test_without_a_lever_the_same_object_is_dispatched_and_still_recorded(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    clock.lever = Lever.NONE
+    before, after = serve(runtime, dispatcher, PREFILL)
+    assert after is before
+    (record,) = clock.records
+    assert record.rows_LEM.sum() == 40 * TOPK * NUM_RANKS
+    assert record.gate_reason == ""
+    assert record.routed_mass > 0
+
+
+@pytest.mark.parametrize("stranger", [Dispatcher(), Dispatcher("LOW_LATENCY")])
+def test_a_layer_that_is_not_ours_passes_through(runtime: Runtime, stranger: Dispatcher) -> None:
+    before, after = serve(runtime, stranger, PREFILL)
+    assert after is before
+
+
+def test_our_layer_in_low_latency_mode_passes_through(
+    runtime: Runtime, dispatcher: Dispatcher
+) -> None:
+    dispatcher._mode = "LOW_LATENCY"
+    before, after = serve(runtime, dispatcher, PREFILL)
+    assert after is before
+
+
+def test_the_first_prefill_checks_that_every_seam_was_passed(
+    runtime: Runtime, dispatcher: Dispatcher
+) -> None:
+    points.num_passed["combined"] = 0
+    serve(runtime, dispatcher, Requests(runs=((40, True),), phase="decode"))
+    with pytest.raises(SystemExit, match="combined: sglang"):
+        serve(runtime, dispatcher, PREFILL)
+
+
+def test_lengths_of_a_batch_become_runs_and_decode_counts_one_a_request(runtime: Runtime) -> None:
+    mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: False)
+    request = SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None))
+    batch = SimpleNamespace(forward_mode=mode, reqs=[request, request], decoding_reqs=None)
+    forward = SimpleNamespace(extend_seq_lens_cpu=[5, 2], batch_size=2)
+    runtime.note_requests(forward, batch)
+    assert forward.moelb_requests.runs == ((5, False), (2, False))
+    batch.forward_mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: True)
+    forward = SimpleNamespace(extend_seq_lens_cpu=None, batch_size=2)
+    runtime.note_requests(forward, batch)
+    assert forward.moelb_requests == Requests(runs=((2, True),), phase="decode")
+
+
+def agreed(lever: Lever, phase: str, num_prefill: int, min_tokens: int) -> Agreed:
+    sizes = Sizes(
+        num_tokens=num_prefill, num_prefill_tokens=num_prefill, num_protected_tokens=0, phase=phase
+    )
+    policy = Policy(epoch=1, lever=lever, min_batch_tokens=min_tokens)
+    return Agreed(policy=policy, sizes_R=(sizes, sizes))
+
+
+def test_the_gate_opens_for_prefill_of_enough_tokens_over_all_ranks_only() -> None:
+    for lever in (Lever.DROP, Lever.EXPAND):
+        assert gate_reason(agreed(lever, "prefill", 50, 100)) == ""
+        assert gate_reason(agreed(lever, "prefill", 49, 100)) == (
+            "98 prefill tokens, below min_batch_tokens 100"
+        )
+        for phase in ("decode", "idle"):
+            assert gate_reason(agreed(lever, phase, 500, 0)).startswith(f"{phase} pass: nothing is")
+    assert gate_reason(agreed(Lever.NONE, "decode", 0, 100)) == ""
+
+
+def prefixed(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {KNOB_PREFIX + k: v for k, v in numbers.items()}
+
+
+def test_a_state_update_changes_our_knobs_and_leaves_the_others_to_sglang(
+    runtime: Runtime, clock: Clock
+) -> None:
+    wanted = merge(START, {"mode": "expand", "capacity": {"factor": 2.0}})
+    left = runtime.take_update({**prefixed(to_numbers(wanted)), "pp_max_micro_batch_size": 8})
+    assert left == {"pp_max_micro_batch_size": 8}
+    assert clock.configs == [wanted]
+    assert runtime.status()["mode"] == "expand"
+
+
+def test_a_partial_state_update_keeps_the_other_knobs(runtime: Runtime, clock: Clock) -> None:
+    assert runtime.take_update(prefixed({"capacity.factor": 3.0})) == {}
+    assert clock.configs == [merge(START, {"capacity": {"factor": 3.0}})]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"mode": 99}, {"mode": -1}, {"unheard": 1}, {"capacity.factor": 0.0}, {"mode": 5}],
+)
+def test_a_wrong_state_update_is_handed_back_whole_so_that_sglang_refuses_it(
+    runtime: Runtime, clock: Clock, numbers: dict[str, Any]
+) -> None:
+    update = {**prefixed(numbers), "pp_max_micro_batch_size": 8}
+    assert runtime.take_update(update) == update
+    assert clock.configs == []
+    assert runtime.status()["mode"] == START.mode
+
+
+def test_the_status_names_the_policy_in_words(runtime: Runtime, dispatcher: Dispatcher) -> None:
+    serve(runtime, dispatcher, PREFILL)
+    status = runtime.status()
+    assert status["policy"]["lever"] == "drop"
+    assert status["policy"]["level"] == "device"
+    assert status["num_passes"] == 1
+    assert status["topology"]["num_experts"] == NUM_EXPERTS
+    assert status["seams"]["dispatch"] == 1
