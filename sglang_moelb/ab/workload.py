@@ -43,9 +43,11 @@ def demo_workload(
 
 
 def warmup_of(requests: Sequence[Request], num_warmup: int) -> tuple[Request, ...]:
-    """Up to `num_warmup` requests spread over the workload, so that each kind is met once."""
-    count = min(num_warmup, len(requests))
-    return tuple(requests[i * len(requests) // count] for i in range(count))
+    """Up to `num_warmup` requests spread over the workload; with two or more, of each kind."""
+    by_kind = sorted(requests, key=lambda request: request.kind)
+    count = min(num_warmup, len(by_kind))
+    step = (len(by_kind) - 1) / max(1, count - 1)
+    return tuple(by_kind[round(i * step)] for i in range(count))
 
 
 def _make(request_id: int, shape: str, rng: random.Random, side_px: int) -> Request:

@@ -131,7 +131,6 @@ class Controller:
         return policy_of(self._config, decision.lever, epoch=epoch, reason=decision.reason)
 
     def _next_policy(self) -> Policy:
-        policy = self._policy_for(self._policy.epoch)
-        if replace(policy, reason=self._policy.reason) == self._policy:
-            return policy
-        return replace(policy, epoch=policy.epoch + 1)
+        # without a new configuration, the lever and the reason are all that can change
+        changed = self._decision.lever != self._policy.lever
+        return self._policy_for(self._policy.epoch + int(changed))

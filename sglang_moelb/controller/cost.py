@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -59,14 +60,13 @@ def fit(loads: Sequence[PassLoad]) -> CostModel:
     recent = loads[-FIT_PASSES:]
     if not recent:
         return CostModel(fixed_ms=0.0, ms_per_row=0.0)
-    rows_N = np.concatenate([_my_rows(load) for load in recent])
+    rows_N = np.concatenate([load.my_rows_L for load in recent])
     ms_N = np.concatenate([load.record.experts_ms_L for load in recent])
-    age_N = np.repeat(np.arange(len(recent))[::-1], [len(_my_rows(load)) for load in recent])
     usable_N = usable_times(ms_N, rows_N)
     if not usable_N.any():
         return CostModel(fixed_ms=0.0, ms_per_row=0.0)
-    weight_N: FloatArray = FORGETTING ** age_N[usable_N].astype(np.float64)
-    return _solve(rows_N[usable_N], ms_N[usable_N], weight_N)
+    weight_N = _weights(len(recent), len(rows_N) // len(recent))[usable_N]
+    return _solve(rows_N[usable_N], ms_N[usable_N], weight_N / weight_N.sum())
 
 
 def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
@@ -79,28 +79,31 @@ def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
     timed_P = usable_times(ms_P, np.array([load.num_tokens for load in loads], dtype=np.int64))
     before_P = np.array([load.slowest_rows for load in loads], dtype=np.int64)
     run_P = np.array([load.slowest_rows_run for load in loads], dtype=np.int64)
-    num_layers = sum(
-        len(load.balance_L) for load, timed in zip(loads, timed_P, strict=True) if timed
-    )
-    moe_ms = cost.fixed_ms * num_layers + cost.ms_per_row * float(before_P[timed_P].sum())
-    saved_ms = cost.ms_per_row * float((before_P - run_P)[timed_P].sum())
-    base_ms = float(ms_P[timed_P].sum()) + saved_ms
+    num_layers = len(loads[0].balance_L) * int(np.count_nonzero(timed_P)) if loads else 0
+    before_rows, run_rows = int(before_P[timed_P].sum()), int(run_P[timed_P].sum())
+    moe_ms = cost.fixed_ms * num_layers + cost.ms_per_row * before_rows
+    base_ms = float(ms_P[timed_P].sum()) + cost.ms_per_row * (before_rows - run_rows)
     return StepTimes(base_ms=max(base_ms, moe_ms), moe_ms=moe_ms, timed_P=timed_P)
 
 
-def _my_rows(load: PassLoad) -> FloatArray:
-    return load.record.rows_after_LR[:, load.record.rank].astype(np.float64)
+@lru_cache(maxsize=2 * FIT_PASSES)
+def _weights(num_passes: int, num_layers: int) -> FloatArray:
+    age_P = np.arange(num_passes, dtype=np.float64)[::-1]
+    weight_N: FloatArray = np.repeat(FORGETTING**age_P, num_layers)
+    return weight_N
 
 
 def _solve(rows_N: FloatArray, ms_N: FloatArray, weight_N: FloatArray) -> CostModel:
-    mean_rows = float(np.average(rows_N, weights=weight_N))
-    mean_ms = float(np.average(ms_N, weights=weight_N))
+    """Weighted least squares; the weights add up to 1."""
+    mean_rows = float(weight_N @ rows_N)
+    mean_ms = float(weight_N @ ms_N)
     apart_N = rows_N - mean_rows
-    variance = float(np.average(apart_N**2, weights=weight_N))
+    weighted_N = weight_N * apart_N
+    variance = float(weighted_N @ apart_N)
     through_origin = CostModel(fixed_ms=0.0, ms_per_row=mean_ms / mean_rows)
     if variance <= (MIN_SPREAD * mean_rows) ** 2:
         return through_origin
-    slope = float(np.average(apart_N * (ms_N - mean_ms), weights=weight_N)) / variance
+    slope = float(weighted_N @ (ms_N - mean_ms)) / variance
     fixed_ms = mean_ms - slope * mean_rows
     if slope <= 0.0 or fixed_ms < 0.0:
         return through_origin

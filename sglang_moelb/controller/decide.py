@@ -50,7 +50,8 @@ def decide(estimate: LoadEstimate, config: Config, standing: Standing) -> tuple[
     The quality budget holds in every mode. Runs on the host. Ours.
     """
     spent = _budget_spent(estimate.spent_mass_share, config, standing.budget_spent)
-    standing = replace(standing, budget_spent=spent)
+    if spent != standing.budget_spent:
+        standing = replace(standing, budget_spent=spent)
     mode = config.mode
     if mode in LEVERS:
         decision = _fixed(LEVERS[mode], estimate, config, standing)
@@ -74,7 +75,8 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     current = _find(estimate.forecasts, standing.lever)
     if current and current.lost_mass_share > config.controller.quality_budget:
         return _none(reasons.too_lossy(current, config))
-    paying = [f for f in estimate.forecasts if _pays(f, estimate, config, standing)]
+    bound = _bound(estimate)
+    paying = [f for f in estimate.forecasts if _pays(f, bound, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
     best = _best(allowed, config)
     if current and best and current in allowed and not _outdoes(best, current, estimate, config):
@@ -89,7 +91,7 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
         return _take(best, reasons.gains(best))
     if paying:
         return _none(reasons.too_lossy(max(paying, key=lambda f: f.gain), config))
-    return _none(reasons.balanced(estimate, config, standing.lever, _bound(estimate)))
+    return _none(reasons.balanced(estimate, config, standing.lever, bound))
 
 
 def _fixed(lever: Lever, estimate: LoadEstimate, config: Config, standing: Standing) -> Decision:
@@ -128,11 +130,15 @@ def _bound(estimate: LoadEstimate) -> float:
 
 
 def _pays(
-    forecast: LeverForecast, estimate: LoadEstimate, config: Config, standing: Standing
+    forecast: LeverForecast,
+    bound: float,
+    estimate: LoadEstimate,
+    config: Config,
+    standing: Standing,
 ) -> bool:
     # A lossy lever also makes a balanced load cheaper, by doing less of it; that is not what the
     # user asked for, so a gain counts only as far as balance could have brought it.
-    gain = min(forecast.gain, _bound(estimate))
+    gain = min(forecast.gain, bound)
     limits = config.controller
     if forecast.lever == standing.lever:
         return gain > 0.0 and gain >= limits.min_gain

@@ -9,18 +9,20 @@ the plain rule and protected tokens spread evenly over experts; otherwise estima
 - MACS: rows weigh their mean, 1.0 for text and 0.5 for vision (sigmoid of a zero-mean score).
 - expand fills what room is left with rows of the rank's own tokens, see `_filled`.
 
-Shape letters: L MoE layers, E logical experts, R ranks, G groups, M modalities (text, vision).
+Shape letters: L MoE layers, E logical experts, R ranks, G groups, M modalities (text, vision),
+V levers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sglang_moelb.controller.cost import CostModel, StepTimes
-from sglang_moelb.controller.load import PassLoad, balance
+from sglang_moelb.controller.load import PassLoad, balance_of
 from sglang_moelb.controller.plan import (
     AMOUNT_ONE,
     capacity_rows,
@@ -41,7 +43,6 @@ from sglang_moelb.types import (
 )
 
 FORECAST_LEVERS = (Lever.EXPAND, Lever.DROP)
-PLAIN_AMOUNTS_M = np.array([1, 1], dtype=np.int64)
 MACS_AMOUNTS_M = np.array([AMOUNT_ONE, AMOUNT_ONE // 2], dtype=np.int64)
 TEXT, VISION = 0, 1
 
@@ -64,14 +65,14 @@ def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Proje
     Source: Capacity-Aware Inference 4.1, MACS; estimates as in the module docstring are ours.
     """
     groups_LGM = _groups(load, topology, capacity.level)
-    capacity_LG = _capacities(groups_LGM, capacity)
+    capacity_LG = _capacities(load, groups_LGM, capacity)
     kept_LG, kept_rows_LG = _kept(load, groups_LGM, capacity_LG, capacity)
-    dropped_LR = _by_rank(groups_LGM.sum(axis=2) - kept_rows_LG, topology)
-    dropped_share = float(dropped_LR.sum()) / max(float(load.rows_LR.sum()), 1.0)
-    left = {Lever.DROP: load.rows_LR - dropped_LR}
+    drop_LR = _by_rank(kept_rows_LG, topology)
     room_LG = np.maximum(capacity_LG - kept_LG, 0)
-    left[Lever.EXPAND] = left[Lever.DROP] + _filled(load, room_LG, topology, capacity)
-    return tuple(_projection(lever, left[lever], dropped_share) for lever in FORECAST_LEVERS)
+    expand_LR = drop_LR + _filled(load, room_LG, topology, capacity)
+    num_rows = int(load.rows_L.sum())
+    dropped_share = (num_rows - int(drop_LR.sum())) / max(num_rows, 1)
+    return _projections(np.array([expand_LR, drop_LR]), dropped_share)
 
 
 def forecast(
@@ -95,14 +96,20 @@ def forecast(
     return tuple(_forecast_one(loads, list(ps), cost, times, loss, capacity) for ps in by_lever)
 
 
-def _projection(lever: Lever, left_LR: IntArray, dropped_share: float) -> Projection:
-    max_rows_L = left_LR.max(axis=1)
-    return Projection(
-        lever=lever,
-        max_rows_L=max_rows_L,
-        balance=float(balance(left_LR).mean()),
-        dropped_share=dropped_share,
-        slowest_rows=int(max_rows_L.sum()),
+def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, ...]:
+    _, num_layers, num_ranks = left_VLR.shape
+    max_VL = left_VLR.max(axis=2)
+    balance_V = balance_of(max_VL, left_VLR.sum(axis=2), num_ranks).sum(axis=1) / num_layers
+    told = zip(FORECAST_LEVERS, max_VL, balance_V.tolist(), max_VL.sum(axis=1).tolist(), strict=True)
+    return tuple(
+        Projection(
+            lever=lever,
+            max_rows_L=max_L,
+            balance=balance,
+            dropped_share=dropped_share,
+            slowest_rows=slowest_rows,
+        )
+        for lever, max_L, balance, slowest_rows in told
     )
 
 
@@ -117,36 +124,47 @@ def _forecast_one(
     lever = projections[0].lever
     spared_rows = sum(
         load.slowest_rows - projection.slowest_rows
-        for load, projection, timed in zip(loads, projections, times.timed_P, strict=True)
+        for load, projection, timed in zip(loads, projections, times.timed_P.tolist(), strict=True)
         if timed
     )
-    dropped_share = float(np.mean([p.dropped_share for p in projections]))
+    dropped_share = math.fsum([p.dropped_share for p in projections]) / len(projections)
     return LeverForecast(
         lever=lever,
-        balance=float(np.mean([p.balance for p in projections])),
+        balance=math.fsum([p.balance for p in projections]) / len(projections),
         gain=cost.ms_per_row * spared_rows / times.base_ms if times.base_ms > 0.0 else 0.0,
         lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric),
     )
 
 
 def _groups(load: PassLoad, topology: Topology, level: Level) -> IntArray:
-    num_groups = topology.num_ranks if level == Level.DEVICE else topology.num_experts
     rows_LEM = load.record.rows_LEM
-    shape = (topology.num_layers, num_groups, -1, rows_LEM.shape[2])
-    rows_LGM: IntArray = rows_LEM.reshape(shape).sum(axis=2, dtype=np.int64)
-    return rows_LGM
+    if level == Level.EXPERT:
+        return rows_LEM
+    vision_LR = _by_rank(rows_LEM[..., VISION], topology)
+    return np.stack([load.rows_LR - vision_LR, vision_LR], axis=2)
 
 
 def _by_rank(rows_LG: IntArray, topology: Topology) -> IntArray:
+    if rows_LG.shape[1] == topology.num_ranks:
+        return rows_LG
     rows_LR: IntArray = rows_LG.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
     return rows_LR
 
 
-def _capacities(rows_LGM: IntArray, capacity: Policy) -> IntArray:
+def _both(amount_LGM: IntArray) -> IntArray:
+    # many times faster than numpy's sum over an axis of two
+    both_LG: IntArray = amount_LGM[..., TEXT] + amount_LGM[..., VISION]
+    return both_LG
+
+
+def _capacities(load: PassLoad, rows_LGM: IntArray, capacity: Policy) -> IntArray:
+    """What each group may keep, in amounts; one column for all groups under the plain rule."""
     factor, num_groups = capacity.capacity_factor, rows_LGM.shape[1]
-    base_L = [capacity_rows(factor, int(num), num_groups) for num in rows_LGM.sum(axis=(1, 2))]
+    num_rows_L = load.rows_L.tolist()
+    base = {num: capacity_rows(factor, num, num_groups) for num in set(num_rows_L)}
+    base_L = [base[num] for num in num_rows_L]
     if capacity.rule == Rule.PLAIN:
-        return np.repeat(np.array(base_L, dtype=np.int64)[:, None], num_groups, axis=1)
+        return np.array(base_L, dtype=np.int64)[:, None]
     return np.stack(
         [
             _macs_layer(rows_GM, base, capacity.macs_rho)
@@ -166,19 +184,29 @@ def _kept(
     load: PassLoad, rows_LGM: IntArray, capacity_LG: IntArray, capacity: Policy
 ) -> tuple[IntArray, IntArray]:
     """Amounts and rows that each group keeps; protected tokens have their share of each group."""
-    unit_M = PLAIN_AMOUNTS_M if capacity.rule == Rule.PLAIN else MACS_AMOUNTS_M
-    num_protected = int(load.record.num_protected_tokens_R.sum())
-    amount_LGM = rows_LGM * unit_M
-    protected_LGM = amount_LGM * num_protected // load.num_tokens
+    rows_LG = _both(rows_LGM)
+    if capacity.rule == Rule.PLAIN:
+        # a row weighs 1 of either modality, so it does not matter of which the cut ones are
+        protected_LG = _both(_protected(rows_LGM, load))
+        kept_LG = kept_amount(rows_LG - protected_LG, protected_LG, capacity_LG)
+        return kept_LG, kept_LG
+    amount_LGM = rows_LGM * MACS_AMOUNTS_M
+    protected_LGM = _protected(amount_LGM, load)
     cuttable_LGM = amount_LGM - protected_LGM
-    cuttable_LG, protected_LG = cuttable_LGM.sum(axis=2), protected_LGM.sum(axis=2)
+    cuttable_LG, protected_LG = _both(cuttable_LGM), _both(protected_LGM)
     kept_LG = kept_amount(cuttable_LG, protected_LG, capacity_LG)
     cut_LG = cuttable_LG + protected_LG - kept_LG
     vision_LG = _cut_of_vision(cut_LG, cuttable_LGM, capacity.preference)
-    text_rows_LG = -((vision_LG - cut_LG) // unit_M[TEXT])
-    vision_rows_LG = -(-vision_LG // unit_M[VISION])
-    cut_rows_LG = np.minimum(text_rows_LG + vision_rows_LG, rows_LGM.sum(axis=2))
-    return kept_LG, rows_LGM.sum(axis=2) - cut_rows_LG
+    text_rows_LG = -((vision_LG - cut_LG) // MACS_AMOUNTS_M[TEXT])
+    vision_rows_LG = -(-vision_LG // MACS_AMOUNTS_M[VISION])
+    cut_rows_LG = np.minimum(text_rows_LG + vision_rows_LG, rows_LG)
+    return kept_LG, rows_LG - cut_rows_LG
+
+
+def _protected(amount_LGM: IntArray, load: PassLoad) -> IntArray:
+    if load.num_protected_tokens == 0:
+        return np.zeros_like(amount_LGM)
+    return amount_LGM * load.num_protected_tokens // load.num_tokens
 
 
 def _cut_of_vision(cut_LG: IntArray, cuttable_LGM: IntArray, preference: Preference) -> IntArray:
@@ -204,11 +232,11 @@ def _filled(load: PassLoad, room_LG: IntArray, topology: Topology, capacity: Pol
     This assumes that local candidates abound: that few of the rank's tokens have the expert among
     their top-k already. Under MACS an added row is taken to weigh 1.0.
     """
-    unit = 1 if capacity.rule == Rule.PLAIN else AMOUNT_ONE
+    room_rows_LG = room_LG if capacity.rule == Rule.PLAIN else room_LG // AMOUNT_ONE
     num_tokens_R = load.record.num_tokens_R
     groups_per_rank = room_LG.shape[1] // topology.num_ranks
     limit_R = num_tokens_R * (topology.experts_per_rank // groups_per_rank)
-    added_LG = np.minimum(room_LG // unit, np.repeat(limit_R, groups_per_rank))
+    added_LG = np.minimum(room_rows_LG, np.repeat(limit_R, groups_per_rank))
     added_LR = _by_rank(added_LG, topology)
     if capacity.max_extra_experts > 0:
         added_LR = np.minimum(added_LR, num_tokens_R * capacity.max_extra_experts)

@@ -3,11 +3,15 @@
 Only prefill passes with at least `min_batch_tokens` tokens enter the window: no lever acts in
 others, and decode is bound by memory, not by the busiest rank.
 
-Shape letters: L MoE layers, E logical experts, R ranks, M modalities.
+What depends on one pass alone is worked out once, when it comes in: this runs in a thread of the
+serving process, and whatever it takes is taken from the scheduler.
+
+Shape letters: L MoE layers, E logical experts, R ranks, M modalities, V variants of a pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,22 +30,26 @@ OUTLIER = 5.0  # times the median; a compile in the first passes is far above
 class PassLoad:
     """One pass of the window: rows per rank before any lever, and max/mean of them.
 
-    `num_tokens` is over all ranks; `slowest_rows` the rows of the fullest rank, added up over
-    layers, before any lever, and `slowest_rows_run` after the one that acted.
+    `num_tokens`, `num_protected_tokens` and `rows_L` are over all ranks; `slowest_rows` the rows
+    of the fullest rank, added up over layers, before any lever, and `slowest_rows_run` after the
+    one that acted; `my_rows_L` what this rank's experts received. `mean_balance` is over layers.
     """
 
     record: StepRecord
     rows_LR: IntArray
+    rows_L: IntArray
+    my_rows_L: FloatArray
     balance_L: FloatArray
+    mean_balance: float
     num_tokens: int
+    num_protected_tokens: int
     slowest_rows: int
     slowest_rows_run: int
 
 
 def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
     """Whether the pass says anything about what a lever would do. Runs on the host. Ours."""
-    num_tokens = int(record.num_tokens_R.sum())
-    return record.phase == "prefill" and num_tokens >= max(min_batch_tokens, 1)
+    return record.phase == "prefill" and _total(record.num_tokens_R) >= max(min_batch_tokens, 1)
 
 
 def load_of(record: StepRecord, topology: Topology) -> PassLoad:
@@ -53,14 +61,19 @@ def load_of(record: StepRecord, topology: Topology) -> PassLoad:
     shape = (topology.num_layers, topology.num_experts)
     assert record.rows_LEM.shape[:2] == shape, (record.rows_LEM.shape, shape)
     assert record.rows_after_LR.shape == (topology.num_layers, topology.num_ranks)
-    rows_LE = record.rows_LEM.sum(axis=2)
-    rows_LR = rows_LE.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
+    rows_LR = record.rows_LEM.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
+    rows_L, max_L = rows_LR.sum(axis=1), rows_LR.max(axis=1)
+    balance_L = balance_of(max_L, rows_L, topology.num_ranks)
     return PassLoad(
         record=record,
         rows_LR=rows_LR,
-        balance_L=balance(rows_LR),
-        num_tokens=int(record.num_tokens_R.sum()),
-        slowest_rows=int(rows_LR.max(axis=1).sum()),
+        rows_L=rows_L,
+        my_rows_L=record.rows_after_LR[:, record.rank].astype(np.float64),
+        balance_L=balance_L,
+        mean_balance=float(balance_L.sum()) / topology.num_layers,
+        num_tokens=_total(record.num_tokens_R),
+        num_protected_tokens=_total(record.num_protected_tokens_R),
+        slowest_rows=int(max_L.sum()),
         slowest_rows_run=int(record.rows_after_LR.max(axis=1).sum()),
     )
 
@@ -70,10 +83,18 @@ def balance(rows_LR: IntArray) -> FloatArray:
 
     Runs on the host. The project's definition of balance.
     """
-    total_L = rows_LR.sum(axis=1)
-    scaled_L = rows_LR.max(axis=1) * float(rows_LR.shape[1])
-    balance_L: FloatArray = np.where(total_L > 0, scaled_L / np.maximum(total_L, 1), 1.0)
-    return balance_L
+    return balance_of(rows_LR.max(axis=1), rows_LR.sum(axis=1), rows_LR.shape[1])
+
+
+def balance_of(max_VL: IntArray, total_VL: IntArray, num_ranks: int) -> FloatArray:
+    """`balance` from the fullest rank's rows and those of all ranks, any shape; float64.
+
+    Runs on the host.
+    """
+    balance_VL: FloatArray = np.where(
+        total_VL > 0, max_VL * float(num_ranks) / np.maximum(total_VL, 1), 1.0
+    )
+    return balance_VL
 
 
 def mean_balance(loads: Sequence[PassLoad], num_layers: int) -> FloatArray:
@@ -84,7 +105,8 @@ def mean_balance(loads: Sequence[PassLoad], num_layers: int) -> FloatArray:
     """
     if not loads:
         return np.ones(num_layers)
-    balance_L: FloatArray = np.stack([load.balance_L for load in loads]).mean(axis=0)
+    balance_N = np.concatenate([load.balance_L for load in loads])
+    balance_L: FloatArray = balance_N.reshape(len(loads), num_layers).sum(axis=0) / len(loads)
     return balance_L
 
 
@@ -96,9 +118,10 @@ def confidence(loads: Sequence[PassLoad]) -> float:
     """
     if not loads:
         return 0.0
-    balances = np.stack([load.balance_L for load in loads]).mean(axis=1)
-    spread = float(balances.std() / balances.mean())
-    return full_confidence(len(loads)) / (1.0 + spread)
+    balances = [load.mean_balance for load in loads]
+    mean = math.fsum(balances) / len(loads)
+    variance = math.fsum([(one - mean) ** 2 for one in balances]) / len(loads)
+    return full_confidence(len(loads)) / (1.0 + math.sqrt(variance) / mean)
 
 
 def full_confidence(num_passes: int) -> float:
@@ -113,10 +136,23 @@ def usable_times(ms: FloatArray, size: IntArray | FloatArray) -> BoolArray:
     times the median both in itself and per unit of size: a large batch is slow but not per row,
     a small one is slow per row but not in itself, a compile is both. Runs on the host. Ours.
     """
-    known = np.isfinite(ms) & (size > 0)
-    known[known] = ms[known] > 0
-    if known.any():
+    known: BoolArray = (ms > 0) & (ms < np.inf) & (size > 0)
+    if not known.any():
+        return known
+    slow = known & (ms > OUTLIER * _median(ms[known]))
+    if slow.any():
         per_unit = ms[known] / size[known]
-        slow = ms[known] > OUTLIER * np.median(ms[known])
-        known[known] = ~(slow & (per_unit > OUTLIER * np.median(per_unit)))
+        known[slow] = ms[slow] / size[slow] <= OUTLIER * _median(per_unit)
     return known
+
+
+def _median(values: FloatArray) -> float:
+    # np.median spends most of its time on axes and NaN, of which there are none here
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    return float(ordered[middle] + ordered[-1 - middle]) / 2.0
+
+
+def _total(counts_R: IntArray) -> int:
+    # at so few ranks a list is added up sooner than an array
+    return sum(counts_R.tolist())

@@ -28,25 +28,28 @@ class QualityWindow:
     """Gate mass routed and lost in the last `num_passes` prefill passes of this rank."""
 
     def __init__(self, num_passes: int) -> None:
-        self._masses: deque[tuple[float, float]] = deque(maxlen=num_passes)
+        self._routed: deque[float] = deque(maxlen=num_passes)
+        self._lost: deque[float] = deque(maxlen=num_passes)
 
     def add(self, record: StepRecord) -> None:
         """Count the pass if it is a prefill pass with tokens on this rank."""
         known = math.isfinite(record.routed_mass) and math.isfinite(record.lost_mass)
         if record.phase == "prefill" and known and record.routed_mass > 0.0:
-            self._masses.append((record.routed_mass, record.lost_mass))
+            self._routed.append(record.routed_mass)
+            self._lost.append(record.lost_mass)
 
     def resized(self, num_passes: int) -> QualityWindow:
         """A window of another length that holds the newest passes of this one."""
         window = QualityWindow(num_passes)
-        window._masses.extend(self._masses)
+        window._routed.extend(self._routed)
+        window._lost.extend(self._lost)
         return window
 
     @property
     def spent_share(self) -> float:
         """Gate mass lost over the window as a share of what was routed; 0 with no passes."""
-        routed = math.fsum(mass for mass, _ in self._masses)
-        return math.fsum(lost for _, lost in self._masses) / routed if routed else 0.0
+        routed = math.fsum(self._routed)
+        return math.fsum(self._lost) / routed if routed else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +76,11 @@ class LossModel:
         top-k rows in every layer.
         """
         lever = record.used_lever
+        if lever == Lever.NONE or record.num_dropped_rows <= 0:
+            return self
         num_rows = int(record.num_tokens_R[record.rank]) * topology.topk * topology.num_layers
         known = math.isfinite(record.routed_mass) and math.isfinite(record.lost_mass)
-        if lever == Lever.NONE or not known or record.routed_mass <= 0.0:
-            return self
-        if record.num_dropped_rows <= 0 or num_rows == 0:
+        if not known or record.routed_mass <= 0.0 or num_rows == 0:
             return self
         lost, dropped = list(self.lost), list(self.dropped)
         lost[lever] = FORGETTING * lost[lever] + record.lost_mass / record.routed_mass

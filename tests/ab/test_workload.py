@@ -68,7 +68,10 @@ def test_texts_have_several_lengths() -> None:
 
 def test_the_warm_up_meets_image_and_text() -> None:
     requests = demo_workload(30, seed=2)
-    assert {request.kind for request in warmup_of(requests, 8)} == {"image", "text"}
+    for num_warmup in (2, 8):
+        warmup = warmup_of(requests, num_warmup)
+        assert {request.kind for request in warmup} == {"image", "text"}
+        assert len(set(map(id, warmup))) == num_warmup
     assert len(warmup_of(requests, 100)) == 30
 
 

@@ -18,8 +18,15 @@ REQUEST_TIMEOUT_S = 120
 WAIT_S = 20.0
 NUM_LAYERS, NUM_EXPERTS, TOPK, NUM_RANKS = 4, 16, 4, 2
 NO_CACHE = ("--disable-radix-cache",)
-SETTINGS = {
-    "capacity": {"min_batch_tokens": 16, "factor": 1.0},
+SETTINGS: dict[str, dict[str, Any]] = {
+    "capacity": {
+        "min_batch_tokens": 16,
+        "factor": 1.0,
+        "level": "device",
+        "scope": "global",
+        "rule": "plain",
+        "metric": "score",
+    },
     "controller": {"quality_budget": 1.0, "timeout_ms": 5000.0},
 }
 OBSERVE = (*NO_CACHE, "--moelb-mode", "observe", "--moelb-config", json.dumps(SETTINGS))
@@ -40,8 +47,14 @@ class Said:
 
 
 def observed(serve: Serve) -> Server:
-    """The balanced server on the multimodal model, in mode `observe` again."""
+    """The balanced server on the multimodal model, in mode `observe` again.
+
+    Another one if a test has ended the controller of the last.
+    """
     server = serve("vl", *OBSERVE)
+    if status(server)["controller"]["state"] == "dead":
+        server.stop()
+        server = serve("vl", *OBSERVE)
     change(server, {"mode": "observe", **SETTINGS})
     return server
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sglang_moelb.ep.balance import MAX_COLUMNS, LayerBalancer
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED
-from sglang_moelb.types import Level, Lever, Policy, Scope
+from sglang_moelb.types import Level, Lever, Policy, Scope, Topology
 
 from .layers import (
     NUM_EXPERTS,
@@ -17,6 +18,7 @@ from .layers import (
     TOPK,
     LayerInput,
     Outcome,
+    agreed_on,
     balance,
     capacity_of,
     num_groups_of,
@@ -176,3 +178,36 @@ def test_renormalising_an_expansion_keeps_each_tokens_sum(ranks: Ranks, name: st
     pairs = zip(inputs, plain, strict=True)
     changes = [float((o.weights_TC.sum() - i.weights_TK.sum()).abs()) for i, o in pairs]
     assert max(changes) > 0.1, "without renormalising the sums change"
+
+
+class _Alone:
+    """An exchange of a rank whose peer holds what it holds."""
+
+    def gather(self, row_W: torch.Tensor) -> torch.Tensor:
+        return row_W.expand(2, -1).contiguous()
+
+
+def test_protected_tokens_are_equal_to_the_bit_beside_many_candidate_columns() -> None:
+    """Sums over 6 and over 32 columns round differently, though 26 of them are zero."""
+    generator = torch.Generator().manual_seed(1)
+    logits_TE = torch.randn(2000, 64, generator=generator)
+    weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(6, dim=-1)
+    flags_T = torch.zeros(2000, dtype=torch.uint8)
+    flags_T[::2] = FLAG_PROTECTED
+    routed = LayerInput(
+        layer=0,
+        ids_TK=ids_TK,
+        weights_TK=weights_TK / weights_TK.sum(dim=-1, keepdim=True),
+        logits_TE=logits_TE,
+        hidden_TD=torch.zeros(2000, 4),
+        flags_T=flags_T,
+        scoring="softmax",
+    )
+    policy = replace(EXPAND, renormalise=True)
+    agreed = agreed_on(policy, [routed, routed])
+    sizes = Topology(num_layers=1, num_experts=64, num_ranks=2, topk=6)
+    balancer = LayerBalancer(sizes, 0, _Alone())  # type: ignore[arg-type]
+    out = balancer.run(routed, agreed, Lever.EXPAND)
+    assert out.ids_TC.shape == (2000, MAX_COLUMNS)
+    assert torch.equal(out.weights_TC[::2, :6], routed.weights_TK[::2])
+    assert not torch.equal(out.weights_TC[1::2, :6], routed.weights_TK[1::2])

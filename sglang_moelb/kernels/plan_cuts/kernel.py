@@ -22,7 +22,7 @@ from torch import Tensor
 from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.plan_cuts.ref import DIGIT_BITS, check_plan
 
-TILE_ROWS = 16  # histograms of 64 bins that a program has in registers at a time
+TILE_ROWS = 64  # histograms of 64 bins that a program has in registers at a time
 
 NUM_BINS = tl.constexpr(row_layout.NUM_BINS)
 LAST_BIN = tl.constexpr(row_layout.NUM_BINS - 1)
@@ -113,6 +113,6 @@ def plan_cuts(
         NUM_EXPERTS=num_experts,
         GROUP_SIZE=num_experts // num_groups,
         TILE_ROWS=TILE_ROWS,
-        num_warps=4,
+        num_warps=8,
     )
     return cut_bin_G, quota_G
