@@ -128,7 +128,7 @@ def measure(
 
     for step in range(WARM_UP + num_repeats):
         log = world.log(step, controller.policy)
-        num_acted += log.lever != 0
+        num_acted += step >= WARM_UP and log.lever != 0
         copy = records.close(log, HOST)
         copy.ended.s = 2.0 * sum(
             y.marks["dispatch"].ms_until(y.marks["combined"]) / 1e3 for y in log.layers

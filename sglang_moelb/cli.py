@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+
 import typer
+
+AB_NEEDS = ("aiohttp", "jinja2", "matplotlib", "PIL", "skimage", "sklearn")
 
 
 def build() -> typer.Typer:
-    """The command line with all sub-commands."""
-    from sglang_moelb.ab.cli import ab
+    """The command line with all sub-commands; `ab` only says what to install if it cannot run."""
     from sglang_moelb.doctor.cli import doctor
     from sglang_moelb.patching.cli import app as patch
 
@@ -18,11 +22,21 @@ def build() -> typer.Typer:
         help="Load balancing of Mixture-of-Experts serving on SGLang.",
     )
     app.add_typer(patch, name="patch")
-    app.command("ab")(ab)
     app.command("doctor")(doctor)
+    if all(find_spec(name) for name in AB_NEEDS):
+        from sglang_moelb.ab.cli import ab
+
+        app.command("ab")(ab)
+    else:
+        app.command("ab", help="Compare servers (pip install 'sglang-moelb[ab]' first).")(_no_ab)
     return app
 
 
 def main() -> None:
     """Run the command line."""
     build()()
+
+
+def _no_ab() -> None:
+    missing = [name for name in AB_NEEDS if not find_spec(name)]
+    sys.exit(f"moelb ab: {', '.join(missing)} missing; pip install 'sglang-moelb[ab]'")

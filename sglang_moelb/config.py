@@ -14,47 +14,19 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from sglang_moelb.types import (
-    MODES,
-    READY_MODES,
-    Level,
-    Lever,
-    Metric,
-    Mode,
-    Policy,
-    Preference,
-    Rule,
-    Scope,
+from sglang_moelb.types import READY_MODES, Lever, Mode, Policy
+from sglang_moelb.words import (
+    CHOICES,
+    EXPANSIONS,
+    LEVELS,
+    METRICS,
+    PREFERENCES,
+    RULES,
+    SCOPES,
 )
 
 CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
 STANDIN_VARIABLE = "SGLANG_MOELB_STANDIN"
-
-LEVELS = {"expert": Level.EXPERT, "device": Level.DEVICE}
-SCOPES = {"source": Scope.SOURCE, "global": Scope.GLOBAL}
-METRICS = {
-    "score": Metric.SCORE,
-    "order": Metric.ORDER,
-    "reverse": Metric.REVERSE,
-    "random": Metric.RANDOM,
-}
-PREFERENCES = {
-    "uniform": Preference.UNIFORM,
-    "image-first": Preference.IMAGE_FIRST,
-    "text-first": Preference.TEXT_FIRST,
-}
-RULES = {"plain": Rule.PLAIN, "macs": Rule.MACS}
-LEVERS = {"expand": Lever.EXPAND, "drop": Lever.DROP}
-FAULTS = ("none", "die", "hang")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": MODES,
-    "capacity.level": tuple(LEVELS),
-    "capacity.scope": tuple(SCOPES),
-    "capacity.metric": tuple(METRICS),
-    "capacity.preference": tuple(PREFERENCES),
-    "capacity.rule": tuple(RULES),
-    "fault.controller": FAULTS,
-}
 
 # Policies travel between ranks as millionths in int64, and capacities are multiplied in int64.
 Factor = Annotated[float, msgspec.Meta(ge=1e-6, le=1000)]
@@ -80,6 +52,7 @@ class CapacityConfig(_Section, frozen=True):
     metric: Literal["score", "order", "reverse", "random"] = "score"
     preference: Literal["uniform", "image-first", "text-first"] = "image-first"
     rule: Literal["plain", "macs"] = "plain"
+    expansion: Literal["compete", "fill"] = "fill"
     renormalise: bool = False
     max_extra_experts: Annotated[int, msgspec.Meta(ge=0, le=24)] = 0  # a token; 0: all that fit
     macs_delta: Factor = 1.0
@@ -236,6 +209,7 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
         metric=METRICS[capacity.metric],
         preference=PREFERENCES[capacity.preference],
         rule=RULES[capacity.rule],
+        expansion=EXPANSIONS[capacity.expansion],
         renormalise=capacity.renormalise,
         max_extra_experts=capacity.max_extra_experts,
         min_batch_tokens=capacity.min_batch_tokens,

@@ -78,6 +78,17 @@ class Scope(IntEnum):
     GLOBAL = 1
 
 
+class Expansion(IntEnum):
+    """How candidates of an expansion meet routed rows at a capacity.
+
+    COMPETE: ranked together (Capacity-Aware Inference, Algorithm 2). FILL: only where routed rows
+    leave room (ours), so that expansion never displaces a routed row.
+    """
+
+    COMPETE = 0
+    FILL = 1
+
+
 class Rule(IntEnum):
     """How capacity is counted: equal rows, or MACS (entropy-weighted, modality-adaptive)."""
 
@@ -101,6 +112,7 @@ class Policy:
     metric: Metric = Metric.SCORE
     preference: Preference = Preference.IMAGE_FIRST
     rule: Rule = Rule.PLAIN
+    expansion: Expansion = Expansion.FILL
     renormalise: bool = False
     max_extra_experts: int = 0
     min_batch_tokens: int = 0

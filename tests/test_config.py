@@ -28,7 +28,17 @@ from sglang_moelb.config import (
     to_numbers,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
-from sglang_moelb.types import MODES, READY_MODES, Level, Lever, Metric, Preference, Rule, Scope
+from sglang_moelb.types import (
+    MODES,
+    READY_MODES,
+    Expansion,
+    Level,
+    Lever,
+    Metric,
+    Preference,
+    Rule,
+    Scope,
+)
 
 KNOBS = {
     "mode": "none",
@@ -38,6 +48,7 @@ KNOBS = {
     "capacity.metric": "score",
     "capacity.preference": "image-first",
     "capacity.rule": "plain",
+    "capacity.expansion": "fill",
     "capacity.renormalise": False,
     "capacity.max_extra_experts": 0,
     "capacity.macs_delta": 1.0,
@@ -68,6 +79,7 @@ trees = st.fixed_dictionaries(
                 "metric": st.sampled_from(CHOICES["capacity.metric"]),
                 "preference": st.sampled_from(CHOICES["capacity.preference"]),
                 "rule": st.sampled_from(CHOICES["capacity.rule"]),
+                "expansion": st.sampled_from(CHOICES["capacity.expansion"]),
                 "renormalise": st.booleans(),
                 "max_extra_experts": st.integers(0, 24),
                 "macs_delta": factor,
@@ -131,7 +143,7 @@ def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
     tree = {
         "factor": 2.0, "level": "expert", "scope": "source", "metric": "random",
         "preference": "text-first", "rule": "macs", "renormalise": True, "max_extra_experts": 5,
-        "macs_delta": 3.0, "macs_rho": 0.25, "min_batch_tokens": 9,
+        "expansion": "compete", "macs_delta": 3.0, "macs_rho": 0.25, "min_batch_tokens": 9,
     }  # fmt: skip
     policy = policy_of(parse({"capacity": tree}), Lever.EXPAND, epoch=4, reason="why")
     assert (policy.epoch, policy.lever, policy.reason) == (4, Lever.EXPAND, "why")
@@ -139,6 +151,7 @@ def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
     assert (policy.level, policy.scope) == (Level.EXPERT, Scope.SOURCE)
     assert (policy.metric, policy.preference) == (Metric.RANDOM, Preference.TEXT_FIRST)
     assert (policy.rule, policy.renormalise) == (Rule.MACS, True)
+    assert policy.expansion is Expansion.COMPETE
     assert (policy.max_extra_experts, policy.min_batch_tokens) == (5, 9)
     assert (policy.macs_delta, policy.macs_rho) == (3.0, 0.25)
     assert set(FIELDS) | {"reason"} == set(type(policy).__slots__)
@@ -152,6 +165,7 @@ BAD: dict[str, list[Any]] = {
     "capacity.metric": ["best", None],
     "capacity.preference": ["image_first", 2],
     "capacity.rule": ["MACS", False],
+    "capacity.expansion": ["both", 1, None],
     "capacity.renormalise": [0, 1, "true", None],
     "capacity.max_extra_experts": [-1, 25, 1.5, "3"],
     "capacity.macs_delta": [0, -2, 1e9, "x"],

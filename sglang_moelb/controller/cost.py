@@ -65,8 +65,10 @@ def fit(loads: Sequence[PassLoad]) -> CostModel:
     usable_N = usable_times(ms_N, rows_N)
     if not usable_N.any():
         return CostModel(fixed_ms=0.0, ms_per_row=0.0)
-    weight_N = _weights(len(recent), len(rows_N) // len(recent))[usable_N]
-    return _solve(rows_N[usable_N], ms_N[usable_N], weight_N / weight_N.sum())
+    weight_N = _weights(len(recent), len(rows_N) // len(recent))
+    if not usable_N.all():
+        rows_N, ms_N, weight_N = rows_N[usable_N], ms_N[usable_N], weight_N[usable_N]
+    return _solve(rows_N, ms_N, weight_N / weight_N.sum())
 
 
 def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sglang_moelb.config import LEVERS, Config
+from sglang_moelb.config import Config
 from sglang_moelb.controller import reasons
 from sglang_moelb.controller.load import full_confidence
 from sglang_moelb.controller.reasons import RESUME_SHARE
 from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
+from sglang_moelb.words import LEVERS
 
 # The lowest tier with a lever that pays is chosen from: exact levers are 0, lossy ones 1.
 TIER = {Lever.EXPAND: 1, Lever.DROP: 1}

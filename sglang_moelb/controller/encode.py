@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sglang_moelb.types import Level, Lever, Metric, Policy, Preference, Rule, Scope
+from sglang_moelb.types import Expansion, Level, Lever, Metric, Policy, Preference, Rule, Scope
 
 FIELDS = (
     "epoch",
@@ -19,6 +19,7 @@ FIELDS = (
     "metric",
     "preference",
     "rule",
+    "expansion",
     "renormalise",
     "max_extra_experts",
     "min_batch_tokens",
@@ -61,6 +62,7 @@ def decode(words: Sequence[int], reason: str) -> Policy:
         metric=Metric(word["metric"]),
         preference=Preference(word["preference"]),
         rule=Rule(word["rule"]),
+        expansion=Expansion(word["expansion"]),
         renormalise=bool(word["renormalise"]),
         max_extra_experts=word["max_extra_experts"],
         min_batch_tokens=word["min_batch_tokens"],

@@ -64,11 +64,19 @@ def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Proje
     `capacity` gives the capacity knobs; its own lever does not matter. Runs on the host.
     Source: Capacity-Aware Inference 4.1, MACS; estimates as in the module docstring are ours.
     """
-    groups_LGM = _groups(load, topology, capacity.level)
-    capacity_LG = _capacities(load, groups_LGM, capacity)
-    kept_LG, kept_rows_LG = _kept(load, groups_LGM, capacity_LG, capacity)
+    base_L = _base_capacities(load, topology, capacity)
+    if capacity.rule == Rule.PLAIN:
+        capacity_LG = np.array(base_L, dtype=np.int64)[:, None]
+        by_rank = capacity.level == Level.DEVICE
+        rows_LG = load.rows_LR if by_rank else _both(load.record.rows_LEM)
+        kept_LG = _kept_plain(load, rows_LG, capacity_LG, topology, capacity.level)
+        kept_rows_LG, room_LG = kept_LG, np.maximum(capacity_LG - kept_LG, 0)
+    else:
+        rows_LGM = _groups(load, topology, capacity.level)
+        capacity_LG = _macs_capacities(rows_LGM, base_L, capacity.macs_rho)
+        kept_LG, kept_rows_LG = _kept_macs(load, rows_LGM, capacity_LG, capacity.preference)
+        room_LG = np.maximum(capacity_LG - kept_LG, 0) // AMOUNT_ONE
     drop_LR = _by_rank(kept_rows_LG, topology)
-    room_LG = np.maximum(capacity_LG - kept_LG, 0)
     expand_LR = drop_LR + _filled(load, room_LG, topology, capacity)
     num_rows = int(load.rows_L.sum())
     dropped_share = (num_rows - int(drop_LR.sum())) / max(num_rows, 1)
@@ -100,7 +108,9 @@ def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, 
     _, num_layers, num_ranks = left_VLR.shape
     max_VL = left_VLR.max(axis=2)
     balance_V = balance_of(max_VL, left_VLR.sum(axis=2), num_ranks).sum(axis=1) / num_layers
-    told = zip(FORECAST_LEVERS, max_VL, balance_V.tolist(), max_VL.sum(axis=1).tolist(), strict=True)
+    told = zip(
+        FORECAST_LEVERS, max_VL, balance_V.tolist(), max_VL.sum(axis=1).tolist(), strict=True
+    )
     return tuple(
         Projection(
             lever=lever,
@@ -157,19 +167,20 @@ def _both(amount_LGM: IntArray) -> IntArray:
     return both_LG
 
 
-def _capacities(load: PassLoad, rows_LGM: IntArray, capacity: Policy) -> IntArray:
-    """What each group may keep, in amounts; one column for all groups under the plain rule."""
-    factor, num_groups = capacity.capacity_factor, rows_LGM.shape[1]
+def _base_capacities(load: PassLoad, topology: Topology, capacity: Policy) -> list[int]:
+    """Rows that every group of a layer may keep, one number a layer."""
+    by_rank = capacity.level == Level.DEVICE
+    num_groups = topology.num_ranks if by_rank else topology.num_experts
     num_rows_L = load.rows_L.tolist()
-    base = {num: capacity_rows(factor, num, num_groups) for num in set(num_rows_L)}
-    base_L = [base[num] for num in num_rows_L]
-    if capacity.rule == Rule.PLAIN:
-        return np.array(base_L, dtype=np.int64)[:, None]
+    base = {
+        num: capacity_rows(capacity.capacity_factor, num, num_groups) for num in set(num_rows_L)
+    }
+    return [base[num] for num in num_rows_L]
+
+
+def _macs_capacities(rows_LGM: IntArray, base_L: list[int], rho: float) -> IntArray:
     return np.stack(
-        [
-            _macs_layer(rows_GM, base, capacity.macs_rho)
-            for rows_GM, base in zip(rows_LGM, base_L, strict=True)
-        ]
+        [_macs_layer(rows_GM, base, rho) for rows_GM, base in zip(rows_LGM, base_L, strict=True)]
     )
 
 
@@ -180,32 +191,36 @@ def _macs_layer(rows_GM: IntArray, base_rows: int, rho: float) -> IntArray:
     return macs_capacity(base_amount, int(amount_M[VISION]), int(amount_M.sum()), classes_G, rho)
 
 
-def _kept(
-    load: PassLoad, rows_LGM: IntArray, capacity_LG: IntArray, capacity: Policy
+def _kept_plain(
+    load: PassLoad, rows_LG: IntArray, capacity_LG: IntArray, topology: Topology, level: Level
+) -> IntArray:
+    """Rows that each group keeps; of which modality the others are makes no difference."""
+    if load.num_protected_tokens == 0:
+        return np.minimum(rows_LG, capacity_LG)
+    protected_LG = _both(_protected(_groups(load, topology, level), load))
+    return kept_amount(rows_LG - protected_LG, protected_LG, capacity_LG)
+
+
+def _kept_macs(
+    load: PassLoad, rows_LGM: IntArray, capacity_LG: IntArray, preference: Preference
 ) -> tuple[IntArray, IntArray]:
-    """Amounts and rows that each group keeps; protected tokens have their share of each group."""
-    rows_LG = _both(rows_LGM)
-    if capacity.rule == Rule.PLAIN:
-        # a row weighs 1 of either modality, so it does not matter of which the cut ones are
-        protected_LG = _both(_protected(rows_LGM, load))
-        kept_LG = kept_amount(rows_LG - protected_LG, protected_LG, capacity_LG)
-        return kept_LG, kept_LG
+    """Amounts and rows that each group keeps."""
     amount_LGM = rows_LGM * MACS_AMOUNTS_M
     protected_LGM = _protected(amount_LGM, load)
     cuttable_LGM = amount_LGM - protected_LGM
     cuttable_LG, protected_LG = _both(cuttable_LGM), _both(protected_LGM)
     kept_LG = kept_amount(cuttable_LG, protected_LG, capacity_LG)
     cut_LG = cuttable_LG + protected_LG - kept_LG
-    vision_LG = _cut_of_vision(cut_LG, cuttable_LGM, capacity.preference)
+    vision_LG = _cut_of_vision(cut_LG, cuttable_LGM, preference)
     text_rows_LG = -((vision_LG - cut_LG) // MACS_AMOUNTS_M[TEXT])
     vision_rows_LG = -(-vision_LG // MACS_AMOUNTS_M[VISION])
+    rows_LG = _both(rows_LGM)
     cut_rows_LG = np.minimum(text_rows_LG + vision_rows_LG, rows_LG)
     return kept_LG, rows_LG - cut_rows_LG
 
 
 def _protected(amount_LGM: IntArray, load: PassLoad) -> IntArray:
-    if load.num_protected_tokens == 0:
-        return np.zeros_like(amount_LGM)
+    # protected tokens have their share of each group
     return amount_LGM * load.num_protected_tokens // load.num_tokens
 
 
@@ -223,8 +238,9 @@ def _cut_of_vision(cut_LG: IntArray, cuttable_LGM: IntArray, preference: Prefere
 def _filled(load: PassLoad, room_LG: IntArray, topology: Topology, capacity: Policy) -> IntArray:
     """Rows that expansion adds on each rank, int64 [L, R].
 
-    Every expert with room takes rows of its own rank's tokens up to its capacity, each token at
-    most once, and the rank at most `max_extra_experts` a token (0: no limit)::
+    `room_LG` is in rows. Every expert with room takes rows of its own rank's tokens up to its
+    capacity, each token at most once, and the rank at most `max_extra_experts` a token (0: no
+    limit)::
 
         added_e = min(room_e, T_r)        device level: min(room_r, E_r * T_r)
         added_r = min(sum_e added_e, max_extra_experts * T_r)
@@ -232,11 +248,10 @@ def _filled(load: PassLoad, room_LG: IntArray, topology: Topology, capacity: Pol
     This assumes that local candidates abound: that few of the rank's tokens have the expert among
     their top-k already. Under MACS an added row is taken to weigh 1.0.
     """
-    room_rows_LG = room_LG if capacity.rule == Rule.PLAIN else room_LG // AMOUNT_ONE
     num_tokens_R = load.record.num_tokens_R
     groups_per_rank = room_LG.shape[1] // topology.num_ranks
     limit_R = num_tokens_R * (topology.experts_per_rank // groups_per_rank)
-    added_LG = np.minimum(room_rows_LG, np.repeat(limit_R, groups_per_rank))
+    added_LG = np.minimum(room_LG, np.repeat(limit_R, groups_per_rank))
     added_LR = _by_rank(added_LG, topology)
     if capacity.max_extra_experts > 0:
         added_LR = np.minimum(added_LR, num_tokens_R * capacity.max_extra_experts)

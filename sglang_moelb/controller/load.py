@@ -6,7 +6,8 @@ others, and decode is bound by memory, not by the busiest rank.
 What depends on one pass alone is worked out once, when it comes in: this runs in a thread of the
 serving process, and whatever it takes is taken from the scheduler.
 
-Shape letters: L MoE layers, E logical experts, R ranks, M modalities, V variants of a pass.
+Shape letters: L MoE layers, E logical experts, R ranks, M modalities, V variants of a pass,
+N samples.
 """
 
 from __future__ import annotations

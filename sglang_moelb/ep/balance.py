@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from sglang_moelb.controller.plan import capacity_rows
+from sglang_moelb.ep.cut import Asked, cut_to
 from sglang_moelb.ep.exchange import Agreed, Exchange, SymmetricExchange
-from sglang_moelb.ep.macs import Cut, MacsState, reroute
+from sglang_moelb.ep.macs import MacsState, reroute
 from sglang_moelb.kernels.count_experts import KeyRule, count_experts
-from sglang_moelb.kernels.cut_tokens import cut_tokens
-from sglang_moelb.kernels.plan_cuts import plan_cuts
 from sglang_moelb.kernels.row_layout import (
     AMOUNT_ONE,
     FLAG_PROTECTED,
@@ -26,7 +25,7 @@ from sglang_moelb.kernels.row_layout import (
 )
 from sglang_moelb.kernels.token_amounts import token_amounts
 from sglang_moelb.kernels.widen_candidates import widen_candidates
-from sglang_moelb.types import Level, Lever, Rule, Scope, Topology
+from sglang_moelb.types import Expansion, Level, Lever, Policy, Rule, Scope, Topology
 
 MAX_COLUMNS = 32  # what DeepEP's dispatch takes as top-k
 
@@ -73,72 +72,37 @@ class LayerBalancer:
         """
         if lever is Lever.NONE:
             return self._observe_only(routed)
-        policy = agreed.policy
-        topology = self._topology
-        ids_TC, weights_TC = self._candidates(routed, agreed, lever)
-        amounts_T = None
-        if policy.rule is Rule.MACS:
-            valid_T = (routed.ids_TK >= 0).any(dim=1)
-            amounts_T = token_amounts(
-                routed.hidden_TD, routed.flags_T, valid_T, delta=policy.macs_delta
-            )
-        key_rule = KeyRule(
-            metric=int(policy.metric), preference=int(policy.preference), seed=routed.layer
-        )
+        asked = self._asked(routed, agreed.policy, lever)
         row_W, keys_TC = count_experts(
-            ids_TC,
-            weights_TC,
-            routed.flags_T,
-            amounts_T,
-            num_experts=topology.num_experts,
-            topk=topology.topk,
-            key_rule=key_rule,
-        )
-        rows_RW = self._exchange.gather(row_W)
-        by_source = policy.scope is Scope.SOURCE
-        seen_RW = rows_RW[self._rank : self._rank + 1] if by_source else rows_RW
-        capacity_G = self._capacities(seen_RW, agreed, routed.layer)
-        cut_bin_G, cut_quota_G = plan_cuts(
-            seen_RW,
-            capacity_G,
-            my_rank=0 if by_source else self._rank,
-            num_experts=topology.num_experts,
+            asked.ids_TC,
+            asked.weights_TC,
+            asked.flags_T,
+            asked.amounts_T,
+            num_experts=self._topology.num_experts,
+            topk=self._topology.topk,
+            key_rule=asked.key_rule,
         )
         assert keys_TC is not None
-        kept_ids_TC, kept_weights_TC, stats_8 = cut_tokens(
-            ids_TC,
-            weights_TC,
-            keys_TC,
-            routed.flags_T,
-            amounts_T,
-            cut_bin_G,
-            cut_quota_G,
-            num_experts=topology.num_experts,
-            topk=topology.topk,
+        rows_RW = self._exchange.gather(row_W)
+        by_source = agreed.policy.scope is Scope.SOURCE
+        seen_RW = rows_RW[self._rank : self._rank + 1] if by_source else rows_RW
+        capacity_G = self._capacities(seen_RW, agreed, routed.layer)
+        cut = cut_to(
+            capacity_G, asked, keys_TC, seen_RW, 0 if by_source else self._rank, self._topology
         )
-        if amounts_T is not None:
+        if asked.amounts_T is not None:
             self.macs.learn(routed.layer, rows_RW)
-        if amounts_T is not None and lever is Lever.DROP:
-            cut = Cut(
-                ids_TK=ids_TC,
-                weights_TK=weights_TC,
-                kept_ids_TK=kept_ids_TC,
-                kept_weights_TK=kept_weights_TC,
-                stats_8=stats_8,
-                scores_TE=_scores(routed, topology.num_experts),
-                flags_T=routed.flags_T,
-                amounts_T=amounts_T,
-                rows_RW=seen_RW,
-                capacity_G=capacity_G,
-            )
-            kept_ids_TC, kept_weights_TC, stats_8 = reroute(cut, topology, self._rank, key_rule)
-        if policy.renormalise:
-            kept_weights_TC = _renormalised(kept_weights_TC, routed)
+            if lever is Lever.DROP:
+                scores_TE = _scores(routed, self._topology.num_experts)
+                cut = reroute(cut, asked, scores_TE, self._topology, self._rank)
+        weights_TC = cut.weights_TC
+        if agreed.policy.renormalise:
+            weights_TC = _renormalised(weights_TC, routed)
         return LayerOutcome(
-            ids_TC=kept_ids_TC,
-            weights_TC=kept_weights_TC,
-            counts_RW=rows_RW[:, : NUM_HEADER + NUM_COUNTS * topology.num_experts],
-            stats_8=stats_8,
+            ids_TC=cut.ids_TC,
+            weights_TC=weights_TC,
+            counts_RW=rows_RW[:, : NUM_HEADER + NUM_COUNTS * self._topology.num_experts],
+            stats_8=cut.stats_8,
             changed=True,
         )
 
@@ -160,23 +124,38 @@ class LayerBalancer:
             changed=False,
         )
 
-    def _candidates(
-        self, routed: LayerInput, agreed: Agreed, lever: Lever
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if lever is not Lever.EXPAND:
-            return routed.ids_TK, routed.weights_TK
-        num_local = self._topology.experts_per_rank
-        num_extra = min(num_local, MAX_COLUMNS - self._topology.topk)
-        if agreed.policy.max_extra_experts:
-            num_extra = min(num_extra, agreed.policy.max_extra_experts)
-        return widen_candidates(
-            routed.ids_TK,
-            routed.weights_TK,
-            _scores(routed, self._topology.num_experts),
-            routed.flags_T,
-            first_local=self._rank * num_local,
-            num_local=num_local,
-            num_extra=num_extra,
+    def _asked(self, routed: LayerInput, policy: Policy, lever: Lever) -> Asked:
+        ids_TC, weights_TC = routed.ids_TK, routed.weights_TK
+        if lever is Lever.EXPAND:
+            num_local = self._topology.experts_per_rank
+            num_extra = min(num_local, MAX_COLUMNS - self._topology.topk)
+            ids_TC, weights_TC = widen_candidates(
+                routed.ids_TK,
+                routed.weights_TK,
+                _scores(routed, self._topology.num_experts),
+                routed.flags_T,
+                first_local=self._rank * num_local,
+                num_local=num_local,
+                num_extra=min(num_extra, policy.max_extra_experts or num_extra),
+            )
+        amounts_T = None
+        if policy.rule is Rule.MACS:
+            valid_T = (routed.ids_TK >= 0).any(dim=1)
+            amounts_T = token_amounts(
+                routed.hidden_TD, routed.flags_T, valid_T, delta=policy.macs_delta
+            )
+        key_rule = KeyRule(
+            metric=int(policy.metric),
+            preference=int(policy.preference),
+            seed=routed.layer,
+            routed_first=lever is Lever.EXPAND and policy.expansion is Expansion.FILL,
+        )
+        return Asked(
+            ids_TC=ids_TC,
+            weights_TC=weights_TC,
+            flags_T=routed.flags_T,
+            amounts_T=amounts_T,
+            key_rule=key_rule,
         )
 
     def _capacities(self, seen_RW: torch.Tensor, agreed: Agreed, layer: int) -> torch.Tensor:

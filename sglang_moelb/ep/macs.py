@@ -9,13 +9,12 @@ Shape letters: T rows, K top-k, E logical experts, R ranks, G groups, W row widt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from sglang_moelb.kernels.count_experts import KeyRule, count_experts
-from sglang_moelb.kernels.cut_tokens import cut_tokens
-from sglang_moelb.kernels.plan_cuts import plan_cuts
+from sglang_moelb.ep.cut import Asked, Cut, cut_to
+from sglang_moelb.kernels.count_experts import count_experts
 from sglang_moelb.kernels.row_layout import (
     C_CUTTABLE_AMOUNT,
     C_PROTECTED_AMOUNT,
@@ -25,20 +24,13 @@ from sglang_moelb.kernels.row_layout import (
     H_VISION_AMOUNT,
     MASS_ONE,
     NUM_COUNTS,
-    NUM_HEADER,
+    counts_of,
 )
 from sglang_moelb.kernels.widen_candidates import widen_candidates
 from sglang_moelb.types import Level, Topology
 
 HALVING_ROWS = 1 << 24  # the learned counts are halved here, so that old traffic fades
 STAT_LOST_MASS, STAT_DROPPED_ROWS, STAT_MOVED_MASS, STAT_MOVED_ROWS = 1, 3, 6, 7
-
-
-def counts_of(rows_RW: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The counts per expert of rows, `[R, E, NUM_COUNTS]`."""
-    return rows_RW[:, NUM_HEADER : NUM_HEADER + NUM_COUNTS * num_experts].view(
-        rows_RW.shape[0], num_experts, NUM_COUNTS
-    )
 
 
 class MacsState:
@@ -56,7 +48,7 @@ class MacsState:
             self._seen_LE2 = torch.zeros(shape, dtype=torch.int64, device=rows_RW.device)
         seen_E2 = self._seen_LE2[layer]
         counts_RE = counts_of(rows_RW, topology.num_experts)
-        seen_E2 += counts_RE[:, :, [C_TEXT_ROWS, C_VISION_ROWS]].sum(dim=0)
+        seen_E2 += counts_RE[..., [C_TEXT_ROWS, C_VISION_ROWS]].sum(dim=0)
         full = seen_E2.sum() > HALVING_ROWS
         seen_E2 >>= full.to(torch.int64)
 
@@ -86,73 +78,56 @@ class MacsState:
         return (vision_G * 5 > rows_G * 3).long() - (vision_G * 5 < rows_G * 2).long()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
-    """A layer's routing around the cut, as `reroute` needs it."""
-
-    ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
-    kept_ids_TK: torch.Tensor
-    kept_weights_TK: torch.Tensor
-    stats_8: torch.Tensor
-    scores_TE: torch.Tensor
-    flags_T: torch.Tensor
-    amounts_T: torch.Tensor
-    rows_RW: torch.Tensor
-    capacity_G: torch.Tensor
-
-
 def reroute(
-    cut: Cut, topology: Topology, rank: int, key_rule: KeyRule
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give dropped rows to experts of their own rank that have room; ids, weights, stats.
+    cut: Cut, asked: Asked, scores_TE: torch.Tensor, topology: Topology, rank: int
+) -> Cut:
+    """Give dropped rows to experts of their own rank that have room.
 
     The j-th dropped row of a token asks for its j-th best local expert outside its top-k, with the
     gate weight scaled by the ratio of the scores; the best ranked rows get the room (ours: MACS
     leaves target and order open). Only tokens of a rank ask for its experts, so ranks need not
     agree.
     """
-    num_local = topology.experts_per_rank
-    topk = topology.topk
+    num_local, topk = topology.experts_per_rank, topology.topk
     wide_ids, wide_weights = widen_candidates(
-        cut.ids_TK, cut.weights_TK, cut.scores_TE, cut.flags_T,
+        asked.ids_TC, asked.weights_TC, scores_TE, asked.flags_T,
         first_local=rank * num_local, num_local=num_local, num_extra=topk,
     )  # fmt: skip
-    dropped_TK = (cut.ids_TK >= 0) & (cut.kept_ids_TK < 0)
+    dropped_TK = (asked.ids_TC >= 0) & (cut.ids_TC < 0)
     turn_TK = (dropped_TK.long().cumsum(dim=1) - 1).clamp(min=0)
-    asked_TK = torch.where(dropped_TK, wide_ids[:, topk:].gather(1, turn_TK), -1)
-    weights_TK = torch.where(asked_TK >= 0, wide_weights[:, topk:].gather(1, turn_TK), 0.0)
+    new_ids_TK = torch.where(dropped_TK, wide_ids[:, topk:].gather(1, turn_TK), -1)
+    new_weights_TK = torch.where(new_ids_TK >= 0, wide_weights[:, topk:].gather(1, turn_TK), 0.0)
+    second = replace(asked, ids_TC=new_ids_TK, weights_TC=new_weights_TK)
     row_W, keys_TK = count_experts(
-        asked_TK, weights_TK, cut.flags_T, cut.amounts_T,
-        num_experts=topology.num_experts, topk=topk, key_rule=key_rule,
+        new_ids_TK, new_weights_TK, asked.flags_T, asked.amounts_T,
+        num_experts=topology.num_experts, topk=topk, key_rule=asked.key_rule,
     )  # fmt: skip
-    cut_bin_G, cut_quota_G = plan_cuts(
-        row_W[None], _room(cut, topology), my_rank=0, num_experts=topology.num_experts
-    )
     assert keys_TK is not None
-    moved_ids_TK, moved_weights_TK, _ = cut_tokens(
-        asked_TK, weights_TK, keys_TK, cut.flags_T, cut.amounts_T, cut_bin_G, cut_quota_G,
-        num_experts=topology.num_experts, topk=topk,
-    )  # fmt: skip
-    moved_TK = moved_ids_TK >= 0
-    ids_TK = torch.where(moved_TK, moved_ids_TK, cut.kept_ids_TK)
-    weights_TK = torch.where(moved_TK, moved_weights_TK, cut.kept_weights_TK)
-    return ids_TK, weights_TK, _moved_stats(cut, moved_TK)
+    moved = cut_to(_room(cut, topology), second, keys_TK, row_W[None], 0, topology)
+    moved_TK = moved.ids_TC >= 0
+    return replace(
+        cut,
+        ids_TC=torch.where(moved_TK, moved.ids_TC, cut.ids_TC),
+        weights_TC=torch.where(moved_TK, moved.weights_TC, cut.weights_TC),
+        stats_8=_moved_stats(cut.stats_8, asked.weights_TC, moved_TK),
+    )
 
 
 def _room(cut: Cut, topology: Topology) -> torch.Tensor:
     """What each group's capacity leaves after the cut, in amounts, int64 `[G]`."""
-    counts_E = counts_of(cut.rows_RW, topology.num_experts).sum(dim=0, dtype=torch.int64)
+    counts_E = counts_of(cut.seen_RW, topology.num_experts).sum(dim=0, dtype=torch.int64)
     counts_G = counts_E.view(cut.capacity_G.numel(), -1, NUM_COUNTS).sum(dim=1)
     protected_G = counts_G[:, C_PROTECTED_AMOUNT]
     room_G = (cut.capacity_G - protected_G).clamp(min=0)
     return room_G - torch.minimum(counts_G[:, C_CUTTABLE_AMOUNT], room_G)
 
 
-def _moved_stats(cut: Cut, moved_TK: torch.Tensor) -> torch.Tensor:
-    moved_mass = (cut.weights_TK.double() * moved_TK * MASS_ONE).round().sum().long()
+def _moved_stats(
+    stats_8: torch.Tensor, weights_TK: torch.Tensor, moved_TK: torch.Tensor
+) -> torch.Tensor:
+    moved_mass = (weights_TK.double() * moved_TK * MASS_ONE).round().sum().long()
     num_moved = moved_TK.sum()
-    stats_8 = cut.stats_8.clone()
+    stats_8 = stats_8.clone()
     stats_8[STAT_LOST_MASS] -= moved_mass
     stats_8[STAT_DROPPED_ROWS] -= num_moved
     stats_8[STAT_MOVED_MASS] += moved_mass

@@ -3,7 +3,8 @@
 `PassLog` is filled on the hot path with device tensors and marks only. On CUDA its tensors are
 copied to pinned memory once, at the end of the pass; `build` runs in the controller thread.
 
-Shape letters: L MoE layers, E logical experts, R ranks, M modalities, W counts row width.
+Shape letters: L MoE layers, E logical experts, R ranks, M modalities, W counts row width,
+S sources of rows that share capacities, G groups, C counts of an expert.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sglang_moelb.kernels.row_layout import (
 from sglang_moelb.types import IntArray, Lever, Rule, Scope, StepRecord, Topology
 
 AnyMark = HostMark | DeviceMark
+ROWS = [C_TEXT_ROWS, C_VISION_ROWS]
 PARTS = ("dispatch", "balanced", "experts", "combine", "combined")
 
 
@@ -90,13 +92,14 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
     if isinstance(copy.ended, DeviceMark):
         copy.ended.wait()
     log = copy.log
-    counts_LRW = copy.counts_LRW.numpy().astype(np.int64)
+    counts_LRW = copy.counts_LRW.numpy()
     counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
         len(log.layers), topology.num_ranks, topology.num_experts, NUM_COUNTS
     )
-    stats_8 = copy.stats_L8.sum(dim=0).tolist()
-    header_RW = counts_LRW[0, :, :NUM_HEADER]
-    rows_LEM = counts_LREC[..., [C_TEXT_ROWS, C_VISION_ROWS]].sum(axis=1)
+    stats_8 = copy.stats_L8.numpy().sum(axis=0).tolist()
+    header_RW = counts_LRW[0, :, :NUM_HEADER].astype(np.int64)
+    # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
+    rows_LEM = counts_LREC.sum(axis=1, dtype=np.int32)[..., ROWS].astype(np.int64)
     return StepRecord(
         step=log.step,
         policy=log.agreed.policy,
@@ -135,40 +138,44 @@ def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _spans(log: PassLog, first: str, last: str) -> np.ndarray:
     spans = [
-        y.marks[first].ms_until(y.marks[last])  # type: ignore[arg-type]
-        if first in y.marks and last in y.marks
+        marks[first].ms_until(marks[last])  # type: ignore[arg-type]
+        if first in marks and last in marks
         else 0.0
-        for y in log.layers
+        for marks in (y.marks for y in log.layers)
     ]
     return np.array(spans)
 
 
 def _rows_after(
-    counts_LREC: IntArray, rows_LEM: IntArray, log: PassLog, topology: Topology
+    counts_LREC: np.ndarray, rows_LEM: IntArray, log: PassLog, topology: Topology
 ) -> IntArray:
     """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
-    rows_LR = rank_rows(rows_LEM.sum(axis=2), topology.num_ranks)
+    # an expert's modalities lie side by side, so they add up with the experts of its rank
+    rows_LR = rank_rows(rows_LEM.reshape(len(log.layers), -1), topology.num_ranks)
     if log.lever is Lever.NONE:
         return rows_LR
     policy = log.agreed.policy
-    num_groups = num_groups_of(topology, policy.level)
     by_source = policy.scope is Scope.SOURCE
-    grouped = counts_LREC if by_source else counts_LREC.sum(axis=1, keepdims=True)
+    num_groups = num_groups_of(topology, policy.level)
     sources = range(topology.num_ranks) if by_source else [0]
-    kept_LG = np.zeros((len(log.layers), num_groups), dtype=np.int64)
-    for source in sources:
-        counts_LGC = grouped[:, source].reshape(len(log.layers), num_groups, -1, NUM_COUNTS)
-        counts_LGC = counts_LGC.sum(axis=2)
-        capacity = group_capacity(topology, log.agreed, source)
-        kept_LG += kept_amount(
-            counts_LGC[..., C_CUTTABLE_AMOUNT],
-            counts_LGC[..., C_PROTECTED_AMOUNT],
-            np.full(num_groups, capacity),
-        )
-    kept_LR = rank_rows(kept_LG, topology.num_ranks)
+    capacity_S = np.array([group_capacity(topology, log.agreed, source) for source in sources])
+    cuttable_LSG, protected_LSG = (
+        _by_group(counts_LREC[..., column], num_groups, by_source=by_source)
+        for column in (C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT)
+    )
+    kept_LSG = kept_amount(cuttable_LSG, protected_LSG, capacity_S[:, None])
+    kept_LR = rank_rows(kept_LSG.sum(axis=1), topology.num_ranks)
     if policy.rule is Rule.PLAIN:
         return kept_LR
-    amounts_E = counts_LREC[..., [C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT]].sum(axis=(1, 3))
-    amounts_LR = rank_rows(amounts_E, topology.num_ranks)
+    amounts_LR = rank_rows((cuttable_LSG + protected_LSG).sum(axis=1), topology.num_ranks)
     estimate_LR: IntArray = (rows_LR * kept_LR) // np.maximum(amounts_LR, 1)
     return estimate_LR
+
+
+def _by_group(amounts_LRE: np.ndarray, num_groups: int, *, by_source: bool) -> IntArray:
+    """Amounts of each source and group; one source stands for all ranks unless `by_source`."""
+    amounts_LSE = amounts_LRE.astype(np.int64)
+    if not by_source:
+        amounts_LSE = amounts_LSE.sum(axis=1, keepdims=True)
+    amounts_LSG: IntArray = amounts_LSE.reshape(*amounts_LSE.shape[:2], num_groups, -1).sum(axis=3)
+    return amounts_LSG

@@ -3,7 +3,7 @@
 Written by the controller thread, read by the serving thread; a reader may see the pass before
 last, never half a pass.
 
-Shape letters: L MoE layers, R ranks.
+Shape letters: L MoE layers, R ranks, E logical experts, M modalities, X experts and modalities.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Ledger:
         return list(self._recent)
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
-        before_LR = rank_rows(record.rows_LEM.sum(axis=2), self._topology.num_ranks)
+        # an expert's modalities lie side by side, so they add up with the experts of its rank
+        rows_LX = record.rows_LEM.reshape(len(record.rows_LEM), -1)
+        before_LR = rank_rows(rows_LX, self._topology.num_ranks)
         after_LR = record.rows_after_LR
         mass = max(record.routed_mass, 1e-9)
         return {
@@ -83,6 +85,6 @@ class Ledger:
 
 def balancedness(rows_LR: np.ndarray) -> list[float]:
     """max/mean over ranks for each layer; 1.0 where a layer has no rows."""
-    mean_L = rows_LR.mean(axis=1)
+    mean_L = rows_LR.sum(axis=1) / rows_LR.shape[1]
     ratio_L = np.where(mean_L > 0, rows_LR.max(axis=1) / np.maximum(mean_L, 1e-9), 1.0)
-    return [round(float(x), 4) for x in ratio_L]
+    return [round(x, 4) for x in ratio_L.tolist()]

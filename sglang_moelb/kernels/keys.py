@@ -1,6 +1,7 @@
 """Rank keys: 16-bit integers that say which rows are kept first; the reference in plain torch.
 
 Bit 15 is the preferred modality, the 15 bits below are the metric; larger keys are kept first.
+With `routed_first` all of it moves down a bit, and bit 15 says that the row was routed.
 Integers, so that every rank cuts at the same key without comparing floats.
 
 Shape letters: T tokens of this rank, C columns (top-k and extra candidates).
@@ -30,11 +31,15 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRule:
-    """How rows are ranked: a `Metric`, a `Preference`, and the seed of Metric.RANDOM."""
+    """How rows are ranked: a `Metric`, a `Preference`, and the seed of Metric.RANDOM.
+
+    `routed_first` ranks every candidate beyond the top-k below every routed row.
+    """
 
     metric: int
     preference: int
     seed: int = 0
+    routed_first: bool = False
 
 
 def hash_seed(seed: int) -> int:
@@ -49,6 +54,7 @@ def row_keys(
     flags_T: Tensor,
     amounts_T: Tensor | None,
     rule: KeyRule,
+    topk: int,
 ) -> Tensor:
     """The int32 rank key of every entry; of entries with id -1 it means nothing.
 
@@ -68,7 +74,11 @@ def row_keys(
     else:
         preferred_T = torch.zeros_like(vision_T)
     metric_TC = _metric(ids_TC, weights_TC, amounts_T, rule)
-    return metric_TC.int() + (preferred_T.int() << METRIC_BITS)[:, None]
+    keys_TC = metric_TC.int() + (preferred_T.int() << METRIC_BITS)[:, None]
+    if rule.routed_first:
+        keys_TC = keys_TC >> 1
+        keys_TC[:, :topk] += 1 << METRIC_BITS
+    return keys_TC
 
 
 def _metric(ids_TC: Tensor, weights_TC: Tensor, amounts_T: Tensor | None, rule: KeyRule) -> Tensor:

@@ -37,7 +37,7 @@ def row_width(num_experts: int, *, with_histogram: bool) -> int:
 def counts_of(rows: Tensor, num_experts: int) -> Tensor:
     """The counts of rows (..., W) as a view (..., E, NUM_COUNTS). Host or device."""
     end = NUM_HEADER + num_experts * NUM_COUNTS
-    return rows[..., NUM_HEADER:end].unflatten(-1, (num_experts, NUM_COUNTS))
+    return rows[..., NUM_HEADER:end].view(*rows.shape[:-1], num_experts, NUM_COUNTS)
 
 
 def histogram_of(rows: Tensor, num_experts: int) -> Tensor:
@@ -52,4 +52,4 @@ def histogram_of(rows: Tensor, num_experts: int) -> Tensor:
             f"takes width {width}; count with a key_rule in a pass that may cut"
         )
     start = NUM_HEADER + num_experts * NUM_COUNTS
-    return rows[..., start:].unflatten(-1, (num_experts, NUM_BINS))
+    return rows[..., start:].view(*rows.shape[:-1], num_experts, NUM_BINS)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moelb.controller.encode import FIELDS, NUM_WORDS, decode, encode
-from sglang_moelb.types import Level, Lever, Metric, Policy, Preference, Rule, Scope
+from sglang_moelb.types import Expansion, Level, Lever, Metric, Policy, Preference, Rule, Scope
 
 micros = st.integers(0, 10**9).map(lambda n: n / 1_000_000)
 policies = st.builds(
@@ -22,6 +22,7 @@ policies = st.builds(
     metric=st.sampled_from(Metric),
     preference=st.sampled_from(Preference),
     rule=st.sampled_from(Rule),
+    expansion=st.sampled_from(Expansion),
     renormalise=st.booleans(),
     max_extra_experts=st.integers(0, 24),
     min_batch_tokens=st.integers(0, 2**40),
@@ -41,6 +42,7 @@ def test_the_fields_that_travel_are_these() -> None:
         "metric",
         "preference",
         "rule",
+        "expansion",
         "renormalise",
         "max_extra_experts",
         "min_batch_tokens",

@@ -104,10 +104,6 @@ LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
         ["--moelb-mode", "drop", "--moe-a2a-backend", "none"],
         ["--moe-a2a-backend none", "use --moe-a2a-backend deepep"],
     ),
-    "one rank": (
-        ["--moelb-mode", "drop", "--tp-size", "1", "--ep-size", "1", "--attn-dp-size", "1"],
-        ["--tp-size 1", "use --tp-size 2 or more"],
-    ),
     "not a number": (
         ["--moelb-capacity-factor", "nan"],
         ["--moelb-capacity-factor nan", "must be a finite number"],
@@ -116,7 +112,6 @@ LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
         ["--moelb-config", "no/such.json"],
         ["--moelb-config no/such.json: cannot be read (No such file or directory)"],
     ),
-    "a mode to come": (["--moelb-mode", "downgrade"], ["'downgrade' is not available"]),
 }
 
 

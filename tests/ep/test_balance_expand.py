@@ -10,7 +10,7 @@ import torch
 
 from sglang_moelb.ep.balance import MAX_COLUMNS, LayerBalancer
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED
-from sglang_moelb.types import Level, Lever, Policy, Scope, Topology
+from sglang_moelb.types import Expansion, Level, Lever, Policy, Scope, Topology
 
 from .layers import (
     NUM_EXPERTS,
@@ -211,3 +211,39 @@ def test_protected_tokens_are_equal_to_the_bit_beside_many_candidate_columns() -
     assert out.ids_TC.shape == (2000, MAX_COLUMNS)
     assert torch.equal(out.weights_TC[::2, :6], routed.weights_TK[::2])
     assert not torch.equal(out.weights_TC[1::2, :6], routed.weights_TK[1::2])
+
+
+@pytest.mark.parametrize("num_ranks", GROUP_SIZES)
+@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("name", ["random", "skewed", "idle-rank", "no-protected", "padded"])
+def test_filling_drops_no_routed_row_that_drop_alone_would_keep(
+    ranks: Ranks, name: str, scope: Scope, level: Level, num_ranks: int
+) -> None:
+    policy = replace(EXPAND, scope=scope, level=level, expansion=Expansion.FILL)
+    inputs = routing(name, num_ranks)
+    groups = num_groups_of(policy, num_ranks)
+
+    def routed_load(expansion: Expansion, lever: Lever) -> list[object]:
+        outcomes = balance(ranks, inputs, replace(policy, expansion=expansion), lever)
+        kept = Counter(
+            (rank if scope is Scope.SOURCE else 0, e * groups // NUM_EXPERTS)
+            for rank, out in enumerate(outcomes)
+            for e in out.ids_TC[:, :TOPK].flatten().tolist()
+            if e >= 0
+        )
+        return sorted((place, num) for place, num in kept.items())
+
+    assert routed_load(Expansion.FILL, Lever.EXPAND) == routed_load(Expansion.FILL, Lever.DROP)
+
+
+def test_competing_candidates_may_displace_routed_rows(ranks: Ranks) -> None:
+    inputs = routing("no-protected", 4)
+    num_routed = [
+        sum(
+            int((out.ids_TC[:, :TOPK] >= 0).sum())
+            for out in balance(ranks, inputs, replace(EXPAND, expansion=e), Lever.EXPAND)
+        )
+        for e in Expansion
+    ]
+    assert num_routed[Expansion.COMPETE] < num_routed[Expansion.FILL]

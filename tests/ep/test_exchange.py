@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from sglang_moelb.ep.exchange import Agreed, Agreement, Exchange, Sizes
 from sglang_moelb.types import (
+    Expansion,
     Level,
     Lever,
     Metric,
@@ -33,6 +34,7 @@ EVERYTHING_SET = Policy(
     metric=Metric.RANDOM,
     preference=Preference.TEXT_FIRST,
     rule=Rule.MACS,
+    expansion=Expansion.COMPETE,
     renormalise=True,
     max_extra_experts=3,
     min_batch_tokens=(1 << 31) - 1,

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.dist
 
 HOST = torch.device("cpu")
 POLICY = Policy(epoch=3, capacity_factor=0.8)
+MASS_PER_TOKEN = 1.0  # of a token in a layer: these routings are renormalised
 NAMES = ("random", "skewed", "ties", "idle-rank", "padded", "last-expert", "all-protected")
 
 
@@ -51,7 +52,7 @@ def one_pass(
         log.layers.append(LayerLog(layer=routed.layer, outcome=outcome))
         for part in ("dispatch", "balanced", "experts", "combine", "combined"):
             log.layers[-1].marks[part] = mark_on(HOST)
-    return build(close(log, HOST), sizes, rank), outcomes
+    return build(close(log, HOST), sizes, rank, MASS_PER_TOKEN), outcomes
 
 
 def run_pass(

@@ -210,6 +210,28 @@ def test_odd_weights_have_ordered_keys(count_experts: Callable) -> None:
     assert keys[5] < keys[6] < keys[7] < keys[8] < keys[9] == keys[10] == keys[11] == 32767
 
 
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("preference", list(Preference))
+def test_routed_first_ranks_every_candidate_below_every_routed_row(
+    count_experts: Callable, metric: Metric, preference: Preference
+) -> None:
+    case = random_routing(40, 6, 8, seed=3)
+    inputs = (case.ids_TC, case.weights_TC, case.flags_T, None)
+    plain = KeyRule(metric=metric, preference=preference, seed=5)
+    first = KeyRule(metric=metric, preference=preference, seed=5, routed_first=True)
+    sizes = {"num_experts": 8, "topk": 4}
+    _, plain_TC = count_experts(*inputs, key_rule=plain, **sizes)
+    row_W, keys_TC = count_experts(*inputs, key_rule=first, **sizes)
+    there_TC = case.ids_TC >= 0
+    routed_T4, extra_T2 = there_TC[:, :4], there_TC[:, 4:]
+    assert keys_TC[:, :4][routed_T4].min() >= 1 << 15 > keys_TC[:, 4:][extra_T2].max()
+    assert torch.equal(keys_TC[:, :4][routed_T4], (plain_TC[:, :4][routed_T4] >> 1) + (1 << 15))
+    assert torch.equal(keys_TC[:, 4:][extra_T2], plain_TC[:, 4:][extra_T2] >> 1)
+    cuttable_TC = there_TC & ((case.flags_T & FLAG_PROTECTED) == 0)[:, None]
+    bins = torch.bincount(keys_TC[cuttable_TC] >> layout.BIN_SHIFT, minlength=layout.NUM_BINS)
+    assert torch.equal(layout.histogram_of(row_W, 8).sum(dim=0).long(), bins)
+
+
 def test_an_unknown_metric_is_refused(count_experts: Callable) -> None:
     case = random_routing(3, 2, 4, seed=1)
     rule = KeyRule(metric=9, preference=0)

@@ -49,6 +49,7 @@ C_PROTECTED_ROWS = tl.constexpr(row_layout.C_PROTECTED_ROWS)
 C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
 C_CUTTABLE_AMOUNT = tl.constexpr(row_layout.C_CUTTABLE_AMOUNT)
 
+METRIC_BITS = tl.constexpr(keys.METRIC_BITS)
 HASH_SHIFT = tl.constexpr(32 - keys.METRIC_BITS)
 PREFERRED = tl.constexpr(1 << keys.METRIC_BITS)
 MAX_METRIC = tl.constexpr(keys.MAX_METRIC)
@@ -165,6 +166,7 @@ def _add_rows(
         "metric",
         "preference",
         "seed",
+        "routed_first",
     ]
 )
 def _count(
@@ -180,6 +182,7 @@ def _count(
     metric,
     preference,
     seed,
+    routed_first,
     NUM_EXPERTS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     TOPK: tl.constexpr,
@@ -240,6 +243,7 @@ def _count(
             preference,
             seed,
         )
+        key = (key >> routed_first) + tl.where(valid & routed, routed_first << METRIC_BITS, 0)
         tl.store(keys_ptr + token[:, None] * NUM_COLUMNS + column, key, mask=inside)
         bins_ptr = row_ptr + NUM_HEADER + NUM_EXPERTS * NUM_COUNTS
         bins_at = bins_ptr + ids * NUM_BINS + (key >> BIN_SHIFT)
@@ -286,6 +290,7 @@ def count_experts(
         0 if key_rule is None else int(key_rule.metric),
         0 if key_rule is None else int(key_rule.preference),
         0 if key_rule is None else keys.hash_seed(key_rule.seed),
+        0 if key_rule is None else int(key_rule.routed_first),
         NUM_EXPERTS=num_experts,
         NUM_COLUMNS=num_columns,
         TOPK=topk,

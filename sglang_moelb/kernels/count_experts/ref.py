@@ -43,7 +43,8 @@ def count_experts(
     ]
     keys_TC = None
     if key_rule is not None:
-        keys_TC = row_keys(ids_TC, weights_TC, flags_T, amounts_T, key_rule).where(valid_TC, 0)
+        keys_TC = row_keys(ids_TC, weights_TC, flags_T, amounts_T, key_rule, topk)
+        keys_TC = keys_TC.where(valid_TC, 0)
         cuttable_TC = valid_TC & (class_T < layout.FLAG_PROTECTED)[:, None]
         size = num_experts * layout.NUM_BINS
         bins_TC = ids_TC * layout.NUM_BINS + (keys_TC >> layout.BIN_SHIFT)

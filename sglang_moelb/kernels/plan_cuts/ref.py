@@ -16,11 +16,12 @@ def plan_cuts(
     """See `sglang_moelb.kernels.plan_cuts`. Runs wherever its tensors are."""
     num_groups = capacity_G.numel()
     check_plan(rows_RW, num_groups, my_rank, num_experts)
-    grouped = (num_groups, num_experts // num_groups)
-    histogram_RGB = layout.histogram_of(rows_RW, num_experts).unflatten(1, grouped).sum(dim=2)
+    grouped = (len(rows_RW), num_groups, num_experts // num_groups)
+    histogram_REB = layout.histogram_of(rows_RW, num_experts)
+    histogram_RGB = histogram_REB.view(*grouped, layout.NUM_BINS).sum(dim=2)
     counts_RE5 = layout.counts_of(rows_RW, num_experts)
     protected_RE = counts_RE5[..., layout.C_PROTECTED_AMOUNT]
-    protected_G = protected_RE.unflatten(1, grouped).sum(dim=(0, 2))
+    protected_G = protected_RE.view(grouped).sum(dim=(0, 2))
     room_G = (capacity_G - protected_G).clamp(min=0)
 
     total_GB = histogram_RGB.sum(dim=0)

@@ -47,10 +47,13 @@ def widen_candidates(
         ValueError: the local experts do not lie within 0..E-1.
     """
     args = (ids_TK, weights_TK, scores_TE, flags_T)
-    local = {"first_local": first_local, "num_local": num_local, "num_extra": num_extra}
     if ids_TK.is_cuda:
         # Imported late, because a host without a CUDA device may lack Triton.
         from sglang_moelb.kernels.widen_candidates import kernel
 
-        return kernel.widen_candidates(*args, **local)
-    return ref.widen_candidates(*args, **local)
+        return kernel.widen_candidates(
+            *args, first_local=first_local, num_local=num_local, num_extra=num_extra
+        )
+    return ref.widen_candidates(
+        *args, first_local=first_local, num_local=num_local, num_extra=num_extra
+    )
