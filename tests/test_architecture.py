@@ -25,8 +25,9 @@ MAX_FUNCTION_LINES = 60
 ARROWS = MappingProxyType(
     {
         "types": set(),
-        "config": {"types"},
-        "controller": {"config", "types"},
+        "words": {"types"},
+        "config": {"types", "words"},
+        "controller": {"config", "types", "words"},
         "kernels": {"types"},
         "ep": {"config", "controller", "kernels", "types"},
         "plugin": {"config", "ep"},

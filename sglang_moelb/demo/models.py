@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -187,8 +187,20 @@ def _make_vl(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
 
 
 def _make_deepseek(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    # As released: on a CPU SGLang knows no other rotary embedding for this model.
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT_LENGTH // 4,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    }
     config = DeepseekV2Config(
         **_common_sizes(recipe, tokenizer),
+        rope_parameters=rope,
         num_key_value_heads=4,
         q_lora_rank=None,
         kv_lora_rank=64,
@@ -198,7 +210,11 @@ def _make_deepseek(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
         n_routed_experts=recipe.num_experts,
         n_shared_experts=1,
         first_k_dense_replace=1,
+        moe_layer_freq=1,
+        n_group=1,
+        topk_group=1,
         topk_method="greedy",
+        scoring_func="softmax",
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
     )
@@ -236,7 +252,7 @@ def _qwen3_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[st
     }
 
 
-def _make_processor(tokenizer: PreTrainedTokenizerFast) -> object:
+def _make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}

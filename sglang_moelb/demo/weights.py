@@ -13,6 +13,8 @@ experts and text tokens hardly do. Measured at EP 2 with 16 experts and top-4 on
 over mean rank load: 1.5 to 1.8 for image tokens (once 1.2), 1.3 to 1.6 for prompts of one image
 and a question, 1.0 to 1.4 for text alone. Which rank is the busy one depends on the layer and on
 how much of the batch is images.
+
+Shape letters: H hidden size.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class DeviceMark:
 
     def ms_until(self, later: DeviceMark) -> float:
         """Milliseconds between two device marks; the host must have waited for the later one."""
-        return self.event.elapsed_time(later.event)
+        return float(self.event.elapsed_time(later.event))
 
     def wait(self) -> None:
         """Block this thread, with the interpreter lock released, until the mark is reached."""

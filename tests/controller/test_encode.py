@@ -49,7 +49,7 @@ def test_the_fields_that_travel_are_these() -> None:
         "macs_delta",
         "macs_rho",
     )
-    assert NUM_WORDS == 13
+    assert NUM_WORDS == 14
 
 
 def test_every_field_of_a_policy_but_the_reason_travels() -> None:
@@ -77,7 +77,7 @@ def test_the_reason_does_not_travel() -> None:
 
 
 def test_words_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 13 words, found 12"):
+    with pytest.raises(ValueError, match="expected 14 words, found 13"):
         decode(encode(Policy(epoch=0))[:-1], "")
     with pytest.raises(ValueError, match="9 is not a valid Lever"):
         decode((0, 9, *encode(Policy(epoch=0))[2:]), "")

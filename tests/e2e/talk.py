@@ -31,8 +31,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 OBSERVE = (*NO_CACHE, "--moelb-mode", "observe", "--moelb-config", json.dumps(SETTINGS))
 
+# SGLang keeps the embedding of an image, rounded as in the batch that first had it; so each image
+# is in one prompt, and those of prompts that are compared to the bit are never sent in a crowd.
 IMAGE = _asked("Describe the picture. " * 8, "gradient")
-TWO_IMAGES = _asked("Which of the two is brighter?", "gradient", "tiny")
+TWO_IMAGES = _asked("Which of the two is brighter?", "blocks", "tiny")
+CROWD_IMAGE = _asked("Look closely. " * 8, "noise")
 TEXT = _asked(SEA * 4)
 SHORT = _asked("What is 1234 + 5678?")
 

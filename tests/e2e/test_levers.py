@@ -10,6 +10,7 @@ import pytest
 
 from .conftest import Serve, Server
 from .talk import (
+    CROWD_IMAGE,
     IMAGE,
     NUM_EXPERTS,
     NUM_LAYERS,
@@ -18,7 +19,6 @@ from .talk import (
     SHORT,
     TEXT,
     TOPK,
-    TWO_IMAGES,
     Said,
     call,
     change,
@@ -60,7 +60,7 @@ def capacity_over_layers(one: dict[str, Any], level: str, scope: str) -> int:
 def test_a_lever_acts_in_prefill_and_holds_its_capacity(serve: Serve, name: str) -> None:
     server = observed(serve)
     set_to(server, CASES[name])
-    prompts = [IMAGE, TEXT, TWO_IMAGES, TEXT, IMAGE, TEXT]
+    prompts = [CROWD_IMAGE, TEXT] * 3
     passes = passes_of(server, lambda: say_together(server, prompts))
     lever = CASES[name]["mode"]
     acted = [p for p in passes if p["lever"] == lever]
@@ -132,7 +132,7 @@ def test_two_hundred_hot_changes_under_load_fail_no_request(serve: Serve) -> Non
     ended, failures, answered = threading.Event(), [], [0] * 4
 
     def client(number: int) -> None:
-        prompts = (SHORT, TEXT, IMAGE, SHORT)
+        prompts = (SHORT, TEXT, CROWD_IMAGE, SHORT)
         while not ended.is_set():
             try:
                 say(server, prompts[(number + answered[number]) % 4], num_tokens=2)

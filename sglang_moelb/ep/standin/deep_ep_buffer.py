@@ -171,6 +171,11 @@ class Buffer:
         check_events(previous_event, async_finish, allocate_on_comm_stream)
         parts = list(x) if isinstance(x, tuple) else [x]
         check_layout(num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
+        assert num_tokens_per_rank is not None
+        assert is_token_in_rank is not None
+        assert num_tokens_per_expert is not None
+        if topk_idx is None or topk_weights is None:
+            raise ValueError("stand-in: dispatch needs topk_idx and topk_weights")
         check_topk_idx(topk_idx, num_tokens_per_expert.numel(), self.group_size)
         check_weights(topk_weights, topk_idx)
         check_rows(parts, topk_idx.shape[0])
@@ -185,7 +190,7 @@ class Buffer:
         sent = [*(part[tokens] for part in parts), ids, weights]
         *rows, ids, weights = self._exchange_rows(sent, handle.num_sent, num_received)
         counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
-        received = tuple(rows) if isinstance(x, tuple) else rows[0]
+        received: Rows = (rows[0], rows[1]) if isinstance(x, tuple) else rows[0]
         return received, ids, weights, counts, handle, _event(async_finish)
 
     def combine(

@@ -1,6 +1,7 @@
 """The reference expert computation: what the grouped GEMMs of DeepGEMM compute, in plain torch.
 
-Shapes: N received rows, K top-k columns, H hidden size, e local experts, I intermediate size.
+Shapes: N received rows, K top-k columns, H hidden size, e local experts,
+I intermediate size, J = 2I.
 Runs on the host; rounds where the GPU path rounds (the GEMMs' outputs and the activation in the
 dtype of the weights, the weighted sum in float32).
 """

@@ -26,6 +26,7 @@ SITE = Path(__file__).resolve().parent / "site"
 SHADOWED = ("deep_ep", "sgl_kernel")
 
 _MOE = "sglang.srt.layers.moe"
+_DEEPSEEK = "sglang.srt.models.deepseek_common"
 _DISPATCHER = f"{_MOE}.token_dispatcher.deepep"
 GET_BUFFER = f"{_DISPATCHER}.DeepEPBuffer.get_deepep_buffer"
 APPLY = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.apply"
@@ -109,6 +110,16 @@ SYMBOLS = (
     ),
     Symbol(path=ATTENTION, parameters=None, why="lacks get_cpu_graph_seq_len_fill_value"),
     Symbol(
+        path=f"{_DEEPSEEK}.attention_backend_handler.AttentionBackendRegistry.register",
+        parameters=("backend_name", "handler_func"),
+        why="reads the latent cache of torch_native attention as if it were a full one",
+    ),
+    Symbol(
+        path=f"{_DEEPSEEK}.attention_forward_methods.forward_methods.AttnForwardMethod.MLA",
+        parameters=None,
+        why="the only form of latent attention that works with torch_native",
+    ),
+    Symbol(
         path="sglang.srt.plugins.hook_registry.HookRegistry.register",
         parameters=("target", "hook", "hook_type", "source"),
         why="installs the hooks",
@@ -165,6 +176,12 @@ def _install() -> None:
     from sglang.srt.layers import deep_gemm_wrapper
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.moe.moe_runner.runner import register_moe_runner_core
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+    )
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_moelb.ep.standin.runner_core import ReferenceRunnerCore, moe_forward_native
@@ -174,9 +191,13 @@ def _install() -> None:
     if not hasattr(TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"):
         TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = _seq_len_fill_value
     if not hasattr(torch.cpu, "empty_cache"):
-        torch.cpu.empty_cache = _empty_cache
+        torch.cpu.empty_cache = _empty_cache  # type: ignore[attr-defined]
     if not hasattr(torch.cpu, "is_current_stream_capturing"):
-        torch.cpu.is_current_stream_capturing = _is_current_stream_capturing
+        capturing = _is_current_stream_capturing
+        torch.cpu.is_current_stream_capturing = capturing  # type: ignore[attr-defined]
+    AttentionBackendRegistry.register(
+        "torch_native", lambda attention, forward_batch: AttnForwardMethod.MLA
+    )
     register_moe_runner_core("deep_gemm", ReferenceRunnerCore)
     HookRegistry.register(GET_BUFFER, _get_deepep_buffer, HookType.AROUND)
     HookRegistry.register(APPLY, _apply, HookType.AROUND)
@@ -192,7 +213,7 @@ def _get_deepep_buffer(original: Callable[..., Any], *args: Any, **kwargs: Any) 
 def _device_with_sms() -> Iterator[None]:
     """While open, the CUDA device that is not there has twice the SMs that DeepEP uses."""
     original = torch.cuda.get_device_properties
-    properties = SimpleNamespace(multi_processor_count=40)
+    properties: Any = SimpleNamespace(multi_processor_count=40)
     torch.cuda.get_device_properties = lambda device=None: properties
     try:
         yield

@@ -5,6 +5,8 @@ Imports SGLang: load it only in a process in which the stand-in was asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.moe.moe_runner.base import (
     DispatchMoeRunnerCore,
@@ -58,7 +60,7 @@ class ReferenceRunnerCore(DispatchMoeRunnerCore):
 
 
 def moe_forward_native(
-    layer: torch.nn.Module,
+    layer: Any,
     x: torch.Tensor,
     topk_output: StandardTopKOutput,
     moe_runner_config: MoeRunnerConfig,

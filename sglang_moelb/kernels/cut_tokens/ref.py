@@ -1,4 +1,6 @@
-"""Reference of `cut_tokens` in plain torch. Shape letters as in the package, N rows in cut bins."""
+"""Reference of `cut_tokens` in plain torch. Shape letters as in the package, K top-k, X
+added columns, N rows in cut bins.
+"""
 
 from __future__ import annotations
 

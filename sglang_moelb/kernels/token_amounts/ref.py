@@ -1,4 +1,6 @@
-"""Reference of `token_amounts` in plain torch. Shape letters as in the package."""
+"""Reference of `token_amounts` in plain torch. Shape letters as in the package, N visual
+tokens.
+"""
 
 from __future__ import annotations
 
