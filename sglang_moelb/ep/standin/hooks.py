@@ -112,7 +112,7 @@ SYMBOLS = (
     Symbol(
         path=f"{_DEEPSEEK}.attention_backend_handler.AttentionBackendRegistry.register",
         parameters=("backend_name", "handler_func"),
-        why="reads the latent cache of torch_native attention as if it were a full one",
+        why="sends latent attention over torch_native to a form that fails on its cache",
     ),
     Symbol(
         path=f"{_DEEPSEEK}.attention_forward_methods.forward_methods.AttnForwardMethod.MLA",
