@@ -64,6 +64,7 @@ class Ledger:
             "step": record.step,
             "phase": record.phase,
             "lever": record.used_lever.name.lower(),
+            "policy_lever": record.policy.lever.name.lower(),
             "epoch": record.policy.epoch,
             "reason": record.policy.reason,
             "gate_reason": record.gate_reason,
