@@ -59,6 +59,31 @@ class Server:
 
 Serve: TypeAlias = Callable[..., Server]
 
+# Tests that ask for one server stand together, and the one that kills its controller ends it.
+ORDER = (
+    "test_bit_identity.py::test_answers",
+    "test_bit_identity.py::test_a_lever",
+    "test_bad_input.py",
+    "test_levers.py",
+    "test_controller_faults.py",
+    "test_bit_identity.py::test_without_flags",
+    "test_exactness.py::test_stock_agrees_with_transformers_alone_and_in_batches[vl",
+    "test_bit_identity.py::test_text_with_tensor_parallel_attention_without",
+    "test_exactness.py::test_stock_agrees_with_transformers_alone_and_in_batches[text-tp",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the end-to-end tests by the server they ask for, so that few are started."""
+    here = [item for item in items if Path(item.fspath).parent == Path(__file__).parent]
+    others = [item for item in items if item not in here]
+    items[:] = [*others, *sorted(here, key=_place)]
+
+
+def _place(item: pytest.Item) -> int:
+    return next((i for i, part in enumerate(ORDER) if part in item.nodeid), len(ORDER))
+
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:

@@ -117,7 +117,7 @@ def run_both_forms(folder: Path, state: str = "pristine", **env: str) -> tuple[i
 def test_both_forms_are_run_and_the_environment_is_left_pristine(tmp_path: Path) -> None:
     code, calls, left = run_both_forms(tmp_path)
     assert (code, left) == (0, "pristine")
-    assert calls[0].startswith("applied: -m pytest tests/ep tests/e2e")
+    assert calls[0].startswith("applied: -m pytest tests/ep/test_seams.py")
     assert calls[1] == "pristine: -m pytest"
 
 
