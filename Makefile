@@ -2,13 +2,17 @@
 # make test: everything CI runs. make check: the part without servers, for while you work.
 BIN := .venv/bin
 
-.PHONY: demo test check bench install lean clean
+.PHONY: demo test test-all check bench install lean clean
 
 demo: lean
 	$(BIN)/python -m sglang_moelb.demo
 
 test: install
 	bash scripts/test.sh all
+
+# make test and the tests that start a server of their own.
+test-all: install
+	MARKS="slow or not slow" bash scripts/test.sh all
 
 check: install
 	bash scripts/test.sh check

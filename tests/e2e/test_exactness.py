@@ -219,7 +219,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], list[
     ("kind", "a2a", "attention_dp"),
     [
         ("text", "deepep", False),
-        ("text", "none", False),
+        pytest.param("text", "none", False, marks=pytest.mark.slow),
         ("deepseek", "deepep", False),
         ("vl", "deepep", True),
     ],
@@ -243,6 +243,7 @@ def test_stock_agrees_with_transformers_alone_and_in_batches(
     assert len({token for answer in alone for token in answer.tokens}) > 20, "output is not varied"
 
 
+@pytest.mark.slow
 def test_losing_one_ranks_rows_in_combine_is_caught(
     serve: Serve, expected: Callable[[Kind], list[Answer]], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("launch")
 
 
+@pytest.mark.slow
 def test_stock_and_balanced_servers_start_from_their_scripts_and_agree(folder: Path) -> None:
     with started("serve_stock", folder) as url:
         stock = generate(url)
