@@ -110,6 +110,10 @@ class Runtime:
         layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
         if self._log is None or layer is None or not _is_normal(dispatcher):
             return topk_output
+        if self._log.agreed.phase != "prefill":
+            # No lever can act, and decode would pay for the exchange with every token. All ranks
+            # have agreed on the phase, so all stay out of this layer's exchange together.
+            return topk_output
         assert self._flags_T is not None
         begun = mark_on(self._seat.device)
         outcome = self._balancer.run(

@@ -147,7 +147,7 @@ def passes_of(server: Server, act: Callable[[], object]) -> list[dict[str, Any]]
 
     def all_recorded() -> bool:
         now = status(server)
-        return bool(now["recent"][-1]["step"] == now["num_passes"] - 1)
+        return bool(now["totals"]["num_passes"] == now["controller"]["num_passes"])
 
     until(all_recorded)
     return [one for one in status(server)["recent"] if one["step"] >= first]

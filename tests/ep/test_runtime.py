@@ -146,12 +146,10 @@ def test_a_lever_rewrites_ids_and_weights_and_nothing_else(
 @pytest.mark.parametrize(
     "requests",
     [
-        Requests(runs=((40, True),), phase="decode"),
-        Requests(runs=(), phase="idle"),
         Requests(runs=((1, False),), phase="prefill"),  # below min_batch_tokens over both ranks
         None,
     ],
-    ids=["decode", "idle", "small", "unknown"],
+    ids=["small", "unknown"],
 )
 def test_where_the_lever_must_not_act_the_same_object_is_dispatched(
     runtime: Runtime, dispatcher: Dispatcher, clock: Clock, requests: Requests | None
@@ -162,6 +160,18 @@ def test_where_the_lever_must_not_act_the_same_object_is_dispatched(
     assert record.lost_mass == 0
     assert record.used_lever is Lever.NONE
     assert record.gate_reason
+
+
+@pytest.mark.parametrize("phase", ["decode", "idle"])
+def test_without_a_prefill_nothing_is_exchanged_or_recorded(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, phase: str
+) -> None:
+    runs = ((40, True),) if phase == "decode" else ()
+    before, after = serve(runtime, dispatcher, Requests(runs=runs, phase=phase))
+    assert after is before
+    assert clock.records == []
+    serve(runtime, dispatcher, PREFILL)
+    assert len(clock.records) == 1
 
 
 def test_without_a_lever_the_same_object_is_dispatched_and_still_recorded(
