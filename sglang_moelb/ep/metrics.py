@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_moelb.ep.records import rank_rows
+from sglang_moelb.ep.records import routed_rank_rows
 from sglang_moelb.ep.status import balancedness
 from sglang_moelb.types import Effects, Lever, StepRecord
 
@@ -97,7 +97,7 @@ class Metrics:
             made["moelb_dropped_rows_total"].inc(record.num_dropped_rows)
         if record.phase == "prefill":
             num_ranks = record.rows_after_LR.shape[1]
-            before_LR = rank_rows(record.rows_LEM.sum(axis=2), num_ranks)
+            before_LR = routed_rank_rows(record.rows_LEM, num_ranks)
             self._set_layers("moelb_balancedness_before", balancedness(before_LR))
             self._set_layers("moelb_balancedness_after", balancedness(record.rows_after_LR))
 

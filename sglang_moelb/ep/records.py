@@ -131,6 +131,12 @@ def rank_rows(rows_LE: IntArray, num_ranks: int) -> IntArray:
     return rows_LR
 
 
+def routed_rank_rows(rows_LEM: IntArray, num_ranks: int) -> IntArray:
+    """Rows on each rank before any lever, `[L, R]`, from a record's rows by modality."""
+    # An expert's modalities lie side by side, so they add up with the experts of its rank.
+    return rank_rows(rows_LEM.reshape(len(rows_LEM), -1), num_ranks)
+
+
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
@@ -150,8 +156,7 @@ def _rows_after(
     counts_LREC: np.ndarray, rows_LEM: IntArray, log: PassLog, topology: Topology
 ) -> IntArray:
     """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
-    # an expert's modalities lie side by side, so they add up with the experts of its rank
-    rows_LR = rank_rows(rows_LEM.reshape(len(log.layers), -1), topology.num_ranks)
+    rows_LR = routed_rank_rows(rows_LEM, topology.num_ranks)
     if log.lever is Lever.NONE:
         return rows_LR
     policy = log.agreed.policy

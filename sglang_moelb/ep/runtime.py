@@ -81,8 +81,7 @@ class Runtime:
     def begin_pass(self, forward_batch: Any) -> None:
         """Agree with the other ranks on what holds for this pass, and flag its tokens."""
         requests = getattr(forward_batch, "moelb_requests", UNKNOWN_REQUESTS)
-        self._flags_T = token_flags(forward_batch.input_ids, requests)
-        start, stop = self._seat.window.bounds(self._flags_T.shape[0])
+        start, stop = self._seat.window.bounds(forward_batch.input_ids.shape[0])
         num_tokens = max(min(requests.num_tokens, stop) - start, 0)
         mine = Sizes(
             num_tokens=num_tokens,
@@ -93,6 +92,8 @@ class Runtime:
         wanted = self._controller.policy() if self._controller else self._policy
         agreed = self._agreement.agree(wanted, mine)
         self._policy = agreed.policy
+        if agreed.phase == "prefill":
+            self._flags_T = token_flags(forward_batch.input_ids, requests)
         reason = gate_reason(agreed)
         self._log = PassLog(
             step=self._step,

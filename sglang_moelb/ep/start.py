@@ -113,8 +113,6 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         num_ranks=parallel.moe_ep_size,
         topk=experts[0].top_k,
     )
-    root = seams.sglang_root()
-    assert root is not None
     form = seams.form_of(install.verified_findings())
     assert form is not None
     return Seat(

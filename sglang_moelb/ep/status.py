@@ -3,7 +3,7 @@
 Written by the controller thread, read by the serving thread; a reader may see the pass before
 last, never half a pass.
 
-Shape letters: L MoE layers, R ranks, E logical experts, M modalities, X experts and modalities.
+Shape letters: L MoE layers, R ranks, E logical experts, M modalities.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_moelb.ep.records import rank_rows
+from sglang_moelb.ep.records import routed_rank_rows
 from sglang_moelb.types import Effects, Lever, StepRecord, Topology
 
 NUM_RECENT = 64
@@ -55,9 +55,7 @@ class Ledger:
         return list(self._recent)
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
-        # an expert's modalities lie side by side, so they add up with the experts of its rank
-        rows_LX = record.rows_LEM.reshape(len(record.rows_LEM), -1)
-        before_LR = rank_rows(rows_LX, self._topology.num_ranks)
+        before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
         after_LR = record.rows_after_LR
         mass = max(record.routed_mass, 1e-9)
         return {
