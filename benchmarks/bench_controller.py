@@ -28,7 +28,7 @@ from sglang_moelb.ep import records
 from sglang_moelb.ep.balance import LayerOutcome
 from sglang_moelb.ep.clock import HostMark
 from sglang_moelb.ep.exchange import Agreed, Sizes
-from sglang_moelb.ep.records import LayerLog, PassLog
+from sglang_moelb.ep.records import Marks, PassLog
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.kernels.row_layout import (
     C_CUTTABLE_AMOUNT,
@@ -74,13 +74,18 @@ class World:
         )
         agreed = Agreed(policy=policy, sizes_R=(sizes,) * topology.num_ranks)
         begun = self._mark(0.0)
-        log = PassLog(step=step, agreed=agreed, lever=policy.lever, gate_reason="", begun=begun)
+        log = PassLog(
+            step=step, agreed=agreed, lever=policy.lever, gate_reason="", begun=begun, timed=True,
+            flags_T=None,
+        )  # fmt: skip
         self._popularity_LE *= np.exp(0.05 * rng.standard_normal(self._popularity_LE.shape))
         for layer in range(topology.num_layers):
-            log.layers.append(self._layer(layer, num_tokens))
+            outcome, marks = self._layer(layer, num_tokens)
+            log.outcomes_L.append(outcome)
+            log.marks_L.append(marks)
         return log
 
-    def _layer(self, layer: int, num_tokens: int) -> LayerLog:
+    def _layer(self, layer: int, num_tokens: int) -> tuple[LayerOutcome, Marks]:
         topology, rng = self._topology, self._rng
         share_E = self._popularity_LE[layer] / self._popularity_LE[layer].sum()
         rows_RE = rng.multinomial(num_tokens * topology.topk, share_E, size=topology.num_ranks)
@@ -97,13 +102,12 @@ class World:
             weights_TC=None,
             counts_RW=torch.from_numpy(counts_RW),
             stats_8=stats_8,
-            changed=False,
         )
         mine = int(rows_RE[:, : topology.experts_per_rank].sum())
         took_ms = (FIXED_MS + MS_PER_ROW * mine) * (1.0 + NOISE * rng.standard_normal())
         marks_ms = (0.0, 0.1, 0.2, 0.2 + took_ms, 0.3 + took_ms)
-        marks = {p: self._mark(ms) for p, ms in zip(records.PARTS, marks_ms, strict=True)}
-        return LayerLog(layer=layer, outcome=outcome, marks=marks)
+        marks: Marks = {p: self._mark(ms) for p, ms in zip(records.PARTS, marks_ms, strict=True)}
+        return outcome, marks
 
     @staticmethod
     def _mark(ms: float) -> HostMark:
@@ -129,9 +133,10 @@ def measure(
     for step in range(WARM_UP + num_repeats):
         log = world.log(step, controller.policy)
         num_acted += step >= WARM_UP and log.lever != 0
-        copy = records.close(log, HOST)
+        counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+        copy = records.close(log, counts_LRW, HOST)
         copy.ended.s = 2.0 * sum(
-            y.marks["dispatch"].ms_until(y.marks["combined"]) / 1e3 for y in log.layers
+            marks["dispatch"].ms_until(marks["combined"]) / 1e3 for marks in log.marks_L
         )
         record = timed("records.build", lambda copy=copy: records.build(copy, topology, 0, 1.0))
         seen = Observation(record=record, now_s=0.1 * step)

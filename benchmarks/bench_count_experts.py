@@ -1,6 +1,6 @@
-"""Times `count_experts` as `observe` (no keys) and as `drop` and `expand` (with keys) call it.
+"""Times `count_layers` as `observe` calls it, and `count_experts` as `drop` and `expand` do.
 
-Shape letters: T tokens, K top-k, C columns, E experts.
+Shape letters: L layers, T tokens, K top-k, C columns, E experts.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from kernel_bench import BenchCase, main
 
-from sglang_moelb.kernels.count_experts import KeyRule, count_experts
+from sglang_moelb.kernels.count_experts import KeyRule, count_experts, count_layers
 from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.kernels.testing import random_routing
 from sglang_moelb.types import Metric, Preference
 
-TOPK, NUM_EXPERTS = 8, 128
+NUM_LAYERS, TOPK, NUM_EXPERTS = 48, 8, 128
 RULE = KeyRule(metric=Metric.SCORE, preference=Preference.IMAGE_FIRST)
 
 
@@ -58,6 +59,23 @@ def make_cases(device: str) -> Iterator[BenchCase]:
                 ),
                 num_bytes=num_tokens * per_token + 4 * width,
             )
+        yield _all_layers(num_tokens, device)
+
+
+def _all_layers(num_tokens: int, device: str) -> BenchCase:
+    """All layers of a pass without a lever."""
+    cases = [
+        random_routing(num_tokens, TOPK, NUM_EXPERTS, seed=layer, skew=3.0, device=device)
+        for layer in range(NUM_LAYERS)
+    ]
+    ids_LTK = torch.stack([case.ids_TC for case in cases])
+    width = row_width(NUM_EXPERTS, with_histogram=False)
+    return BenchCase(
+        op="count_layers",
+        label=f"L={NUM_LAYERS} T={num_tokens} K={TOPK} skew=3.0",
+        call=partial(count_layers, ids_LTK, cases[0].flags_T, num_experts=NUM_EXPERTS),
+        num_bytes=NUM_LAYERS * (8 * num_tokens * TOPK + 4 * width) + num_tokens,
+    )
 
 
 if __name__ == "__main__":

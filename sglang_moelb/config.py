@@ -69,6 +69,8 @@ class ControllerConfig(_Section, frozen=True):
     min_dwell_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4
     quality_budget: Share = 0.02  # share of gate mass that may be lost over the quality window
     quality_window_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
+    # Least time between two forecasts: between them small passes are only counted.
+    interval_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 100.0
     timeout_ms: Milliseconds = 100.0  # a record unread for longer, and for a pass, means `none`
 
 

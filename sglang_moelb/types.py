@@ -164,7 +164,7 @@ class StepRecord:
     num_added_rows: int
     experts_ms_L: FloatArray  # grouped GEMMs of this rank
     layer_ms_L: FloatArray  # from before dispatch to after combine, this rank
-    balance_ms_L: FloatArray  # our own observe + exchange + plan + apply on the host clock
+    balance_ms: float  # our own observe + exchange + plan + apply, all layers
     step_ms: float
 
     @property

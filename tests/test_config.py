@@ -60,6 +60,7 @@ KNOBS = {
     "controller.min_dwell_passes": 4,
     "controller.quality_budget": 0.02,
     "controller.quality_window_passes": 256,
+    "controller.interval_ms": 100.0,
     "controller.timeout_ms": 100.0,
     "fault.controller": "none",
 }
@@ -96,6 +97,7 @@ trees = st.fixed_dictionaries(
                 "min_dwell_passes": st.integers(1, 65536),
                 "quality_budget": share,
                 "quality_window_passes": st.integers(1, 65536),
+                "interval_ms": st.floats(0, 60_000),
                 "timeout_ms": st.floats(1e-3, 1e9),
             },
         ),
@@ -177,6 +179,7 @@ BAD: dict[str, list[Any]] = {
     "controller.min_dwell_passes": [0, 2**70],
     "controller.quality_budget": [-0.01, 1.01, None],
     "controller.quality_window_passes": [0, 65537],
+    "controller.interval_ms": [-1, 60_001, "often"],
     "controller.timeout_ms": [0, -1, 1e12, "fast"],
     "fault.controller": ["explode", 1, None],
 }

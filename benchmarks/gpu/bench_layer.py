@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 -m benchmarks.gpu.bench_layer --out rows.json
 
-For each size, lever and skew: observe + exchange + plan + apply of `LayerBalancer`, timed by
-events round `--inner` calls back to back, median and 10th and 90th percentile over `--outer`, of
-the slowest rank. Also checks the capacity law on the real exchange.
+For each size, lever and skew: observe + exchange + plan + apply of `LayerBalancer`, or without a
+lever the 48 layers of `observe` at once, timed by events round `--inner` calls back to back, median
+and 10th and 90th percentile over `--outer`, of the slowest rank, per layer. Also checks the
+capacity law on the real exchange.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ import torch.distributed as dist
 
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput, group_capacity
-from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes, exchange_for
+from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes, SymmetricExchange, exchange_for
+from sglang_moelb.ep.observe import observe
 from sglang_moelb.types import Level, Lever, Policy, Topology
 
-NUM_EXPERTS, TOPK, HIDDEN = 128, 8, 2048
+NUM_LAYERS, NUM_EXPERTS, TOPK, HIDDEN = 48, 128, 8, 2048
 
 
 def layer_input(num_tokens: int, skew: float, rank: int, num_ranks: int) -> LayerInput:
@@ -54,8 +58,7 @@ def agreed_on(policy: Policy, num_tokens: int, num_ranks: int) -> Agreed:
     return Agreed(policy=policy, sizes_R=(sizes,) * num_ranks)
 
 
-def time_us(balancer: LayerBalancer, routed: LayerInput, agreed: Agreed, lever: Lever,
-            outer: int, inner: int) -> tuple[float, float, float]:  # fmt: skip
+def time_us(call: Callable[[], object], outer: int, inner: int) -> tuple[float, float, float]:
     """Median, p10 and p90 microseconds a call, of the slowest rank."""
     samples = []
     for repeat in range(outer + 3):
@@ -63,7 +66,7 @@ def time_us(balancer: LayerBalancer, routed: LayerInput, agreed: Agreed, lever: 
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()
         for _ in range(inner):
-            balancer.run(routed, agreed, lever)
+            call()
         ended.record()
         ended.synchronize()
         slowest = torch.tensor([begun.elapsed_time(ended) * 1e3 / inner], device="cuda")
@@ -104,23 +107,27 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     exchanges = {
         "symmetric": exchange_for(
-            dist.group.WORLD, num_experts=NUM_EXPERTS, device=device, one_host=True
+            dist.group.WORLD,
+            num_layers=NUM_LAYERS,
+            num_experts=NUM_EXPERTS,
+            device=device,
+            one_host=True,
         ),
         "collective": Exchange(dist.group.WORLD),
     }
     rows: list[dict[str, Any]] = []
     for name, exchange in exchanges.items():
-        balancer = LayerBalancer(topology, rank, exchange)
-        rows += [row | {"exchange": name} for row in measure(balancer, topology, rank, args)]
+        rows += [row | {"exchange": name} for row in measure(exchange, topology, rank, args)]
     if rank == 0:
         args.out.write_text(json.dumps(rows, indent=1))
     dist.destroy_process_group()
 
 
 def measure(
-    balancer: LayerBalancer, topology: Topology, rank: int, args: argparse.Namespace
+    exchange: Exchange | SymmetricExchange, topology: Topology, rank: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """All sizes, skews and levers with one exchange."""
+    balancer = LayerBalancer(topology, rank, exchange)
     num_ranks = topology.num_ranks
     rows: list[dict[str, Any]] = []
     for num_tokens in (1024, 4096, 16384):
@@ -132,7 +139,15 @@ def measure(
                 holds = lever is not Lever.DROP or check_capacity(
                     balancer, routed, agreed, topology, rank
                 )
-                median, low, high = time_us(balancer, routed, agreed, lever, args.outer, args.inner)
+                call, num_layers = partial(balancer.run, routed, agreed, lever), 1
+                if lever is Lever.NONE:
+                    ids_L, num_layers = [routed.ids_TK] * NUM_LAYERS, NUM_LAYERS
+                    call = partial(
+                        observe, ids_L, routed.flags_T, exchange, num_experts=NUM_EXPERTS
+                    )
+                median, low, high = (
+                    us / num_layers for us in time_us(call, args.outer, args.inner)
+                )
                 rows.append({"tokens_per_rank": num_tokens, "skew": skew, "lever": lever.name,
                              "median_us": median, "p10_us": low, "p90_us": high,
                              "capacity_holds": holds})  # fmt: skip

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Stock against balanced prefill on GPUs of one host: stock, balanced, stock again, one after the
-# other, on the same shapes, with imposed skew. Needs SGLang, DeepEP and DeepGEMM importable.
+# Stock against balanced prefill on GPUs of one host, on the same shapes, with imposed skew: one
+# server after the other, with large passes (16,384 tokens a rank) and small ones (1,024). Needs
+# SGLang, DeepEP and DeepGEMM importable.
 #   NUM_GPUS=4 OUT=results bash benchmarks/gpu/run_prefill.sh
+# SERVERS names which to run, in order. PARTS=1 also times our own functions in each pass.
 set -euo pipefail
 num_gpus=${NUM_GPUS:-4} out=${OUT:-results} repeats=${REPEATS:-4} port=${PORT:-31000}
+servers=${SERVERS:-stock-large-a moelb-large stock-large-b stock-small-a moelb-small stock-small-b}
 repo=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$out"
 plugins=$(mktemp -d)
@@ -13,7 +16,7 @@ for name in sglang_moelb moelb_bench; do
   printf 'Metadata-Version: 2.1\nName: %s\nVersion: 0.1.0\n' "$name" > "$plugins/$name-0.1.0.dist-info/METADATA"
 done
 printf '[sglang.srt.plugins]\nmoelb = sglang_moelb.plugin:register\n' > "$plugins/sglang_moelb-0.1.0.dist-info/entry_points.txt"
-printf '[sglang.srt.plugins]\nmoelb_bench = benchmarks.gpu.skew_plugin:register\n' > "$plugins/moelb_bench-0.1.0.dist-info/entry_points.txt"
+printf '[sglang.srt.plugins]\nmoelb_bench = benchmarks.gpu.skew_plugin:register\nmoelb_bench_times = benchmarks.gpu.pass_times:register\n' > "$plugins/moelb_bench-0.1.0.dist-info/entry_points.txt"
 export PYTHONPATH="$plugins:$repo:${PYTHONPATH:-}"
 export MOELB_BENCH_SKEW="$plugins/skew"
 echo 0 > "$MOELB_BENCH_SKEW"
@@ -31,15 +34,17 @@ cat > "$model/config.json" <<'JSON'
  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 151936}
 JSON
 
-serve() { # label, then flags
-  local label=$1
-  shift
+serve() { # label, tokens a pass over all ranks, then flags
+  local label=$1 tokens=$2
+  shift 2
+  export MOELB_BENCH_TIMES="$out/passes-$label.jsonl"
+  [ -z "${PARTS:-}" ] || export MOELB_BENCH_PARTS=1
   setsid python3 -m sglang.launch_server --model-path "$model" --load-format dummy \
     --skip-tokenizer-init --tp "$num_gpus" --ep "$num_gpus" --dp "$num_gpus" --enable-dp-attention \
     --moe-a2a-backend deepep --deepep-mode normal --moe-runner-backend deep_gemm \
     --deepep-dispatcher-output-dtype bf16 --attention-backend triton --sampling-backend pytorch \
     --grammar-backend none --disable-radix-cache --skip-server-warmup \
-    --chunked-prefill-size 65536 --max-prefill-tokens 65536 --mem-fraction-static 0.6 \
+    --chunked-prefill-size "$tokens" --max-prefill-tokens "$tokens" --mem-fraction-static 0.6 \
     --host 127.0.0.1 --port "$port" "$@" > "$out/server-$label.log" 2>&1 &
   server=$!
   for _ in $(seq 180); do
@@ -53,25 +58,32 @@ serve() { # label, then flags
 stop() { kill -9 -- "-$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; sleep 3; }
 trap stop EXIT
 hardware="$num_gpus x $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
-bench() { # label, modes of the large bursts, modes of the small ones
-  local common=(--url "http://127.0.0.1:$port" --label "$1" --skew-file "$MOELB_BENCH_SKEW"
-    --hardware "$hardware" --commit "${COMMIT:-}" --out "$out/prefill.jsonl")
-  python3 -m benchmarks.gpu.bench_prefill "${common[@]}" --skews "${SKEWS:-1,2,3}" --modes "$2" \
-    --repeats "$repeats" --identity "$out/identity-$1.json"
-  python3 -m benchmarks.gpu.bench_prefill "${common[@]}" --skews 1 --modes "$3" \
-    --requests "$num_gpus" --tokens 1024 --repeats "$((repeats * 8))"
+bench() { # label, modes, then arguments
+  local label=$1 modes=$2
+  shift 2
+  python3 -m benchmarks.gpu.bench_prefill --url "http://127.0.0.1:$port" --label "$label" \
+    --modes "$modes" --skew-file "$MOELB_BENCH_SKEW" --hardware "$hardware" \
+    --commit "${COMMIT:-}" --out "$out/prefill.jsonl" "$@"
 }
 
-serve stock-a && bench stock-a stock stock && stop
-serve moelb --moelb-mode observe
-bench moelb "${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25}" none,observe
-curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status.json"
-stop
-serve stock-b && bench stock-b stock stock && stop
-python3 - "$out" <<'PY'
-import json, pathlib, sys
-out = pathlib.Path(sys.argv[1])
-a, b, m = (json.loads((out / f"identity-{n}.json").read_text()) for n in ("stock-a", "stock-b", "moelb"))
-print("stock against stock:", "bit-identical" if a == b else "different")
-print("observe against stock:", "bit-identical" if a == m else "different")
-PY
+for label in $servers; do
+  flags=() modes=stock
+  case $label in
+    moelb-large) flags=(--moelb-mode observe)
+      modes=${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25} ;;
+    moelb-small) flags=(--moelb-mode observe) modes=${SMALL_MODES:-none,observe,drop@1.0} ;;
+  esac
+  case $label in
+    *-large*) serve "$label" 65536 "${flags[@]}"
+      bench "$label" "$modes" --skews "${SKEWS:-1,2,3}" --repeats "$repeats" \
+        --identity "$out/identity-$label.json" ;;
+    *-small*) serve "$label" "$((1024 * num_gpus))" "${flags[@]}"
+      bench "$label" "$modes" --skews 1 --requests 64 --tokens 1024 --repeats "$((repeats * 3))" ;;
+    *) echo "SERVERS: unknown server $label" >&2; exit 2 ;;
+  esac
+  case $label in
+    moelb-*) curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
+  esac
+  stop
+done
+python3 -m benchmarks.gpu.compare_passes "$out"

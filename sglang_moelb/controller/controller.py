@@ -6,6 +6,7 @@ this very class, and the same records give the same policies.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,6 +26,8 @@ from sglang_moelb.types import (
     Topology,
 )
 
+CLOCK_TOLERANCE_S = 1e-6
+
 
 class Controller:
     """Decides the policy of the next pass from the records of the last ones.
@@ -39,6 +42,7 @@ class Controller:
         self._standing = Standing()
         self._loss = LossModel()
         self._quality = QualityWindow(config.controller.quality_window_passes)
+        self._estimated_s = -math.inf
         self._watch(())
         self._estimate = self._estimated()
         self._decision = self._decided()
@@ -53,16 +57,20 @@ class Controller:
         """Take in one pass: load -> forecast -> decide -> policy.
 
         The epoch grows only when something in the policy other than its reason changes. A pass
-        without news (decode, idle) changes nothing and costs next to nothing.
+        without news (decode, idle, too small for a lever) changes nothing and costs next to
+        nothing. Where passes follow each other faster than `controller.interval_ms`, not every one
+        brings a forecast: what is computed here is taken from the serving thread.
         """
         record = observation.record
         if record.phase == "prefill":
             self._quality.add(record)
             self._loss = self._loss.updated(record, self._topology)
-            self._take(record)
-            self._estimate = self._estimated()
-            self._decision = self._decided()
-            self._policy = self._next_policy()
+            entered = self._take(record)
+            if (entered or record.lost_mass) and self._is_due(observation.now_s):
+                self._estimated_s = observation.now_s
+                self._estimate = self._estimated()
+                self._decision = self._decided()
+                self._policy = self._next_policy()
         return Effects(policy=self._policy, decision=self._decision, estimate=self._estimate)
 
     def reconfigure(self, config: Config) -> Policy:
@@ -83,6 +91,14 @@ class Controller:
         self._policy = self._policy_for(self._policy.epoch + 1)
         return self._policy
 
+    def _is_due(self, now_s: float) -> bool:
+        """Whether to forecast and decide: the interval is over, or the budget is."""
+        limits = self._config.controller
+        lossy = self._policy.lever is not Lever.NONE
+        if lossy and self._quality.spent_share > limits.quality_budget:
+            return True
+        return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
+
     def _watch(self, records: Iterable[StepRecord]) -> None:
         num_passes = self._config.controller.window_passes
         self._capacity = policy_of(self._config, Lever.NONE, epoch=0, reason="")
@@ -91,14 +107,16 @@ class Controller:
         for record in records:
             self._take(record)
 
-    def _take(self, record: StepRecord) -> None:
+    def _take(self, record: StepRecord) -> bool:
+        """Whether the pass entered the window."""
         if not load.enters(record, min_batch_tokens=self._config.capacity.min_batch_tokens):
-            return
+            return False
         one = load.load_of(record, self._topology)
         self._loads.append(one)
         self._projections.append(forecast.project(one, self._topology, self._capacity))
         dwell_passes = self._standing.dwell_passes + 1
         self._standing = replace(self._standing, dwell_passes=dwell_passes)
+        return True
 
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)

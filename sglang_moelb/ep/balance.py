@@ -1,4 +1,4 @@
-"""One MoE layer on the layer clock: observe, exchange, plan, apply. No host sync.
+"""One MoE layer in a pass with a lever: observe, exchange, plan, apply. No host sync.
 
 The same code on CPU and CUDA; the kernels choose their implementation by device.
 
@@ -50,8 +50,7 @@ class LayerOutcome:
     ids_TC: torch.Tensor
     weights_TC: torch.Tensor
     counts_RW: torch.Tensor
-    stats_8: torch.Tensor | None
-    changed: bool
+    stats_8: torch.Tensor
 
 
 class LayerBalancer:
@@ -66,12 +65,10 @@ class LayerBalancer:
         self.macs = MacsState(topology)
 
     def run(self, routed: LayerInput, agreed: Agreed, lever: Lever) -> LayerOutcome:
-        """Observe and exchange always; plan and apply if `lever` is one.
+        """The layer's routing under `lever`, which is not `Lever.NONE`: see `ep.observe` for that.
 
-        With `Lever.NONE` ids and weights are returned as they came, the very same tensors.
+        The tensors of `routed` are not written.
         """
-        if lever is Lever.NONE:
-            return self._observe_only(routed)
         asked = self._asked(routed, agreed.policy, lever)
         row_W, keys_TC = count_experts(
             asked.ids_TC,
@@ -103,25 +100,6 @@ class LayerBalancer:
             weights_TC=weights_TC,
             counts_RW=rows_RW[:, : NUM_HEADER + NUM_COUNTS * self._topology.num_experts],
             stats_8=cut.stats_8,
-            changed=True,
-        )
-
-    def _observe_only(self, routed: LayerInput) -> LayerOutcome:
-        row_W, _ = count_experts(
-            routed.ids_TK,
-            routed.weights_TK,
-            routed.flags_T,
-            None,
-            num_experts=self._topology.num_experts,
-            topk=self._topology.topk,
-            key_rule=None,
-        )
-        return LayerOutcome(
-            ids_TC=routed.ids_TK,
-            weights_TC=routed.weights_TK,
-            counts_RW=self._exchange.gather(row_W),
-            stats_8=None,
-            changed=False,
         )
 
     def _asked(self, routed: LayerInput, policy: Policy, lever: Lever) -> Asked:

@@ -1,8 +1,9 @@
-"""The two collectives of the control path, both on the EP group and both on every rank always.
+"""The two collectives of the control path, both on the EP group and both on every rank.
 
-`Agreement` runs once a pass on the host and carries the leader's policy and each rank's sizes, so
-every rank acts on one policy for the whole pass. `Exchange` runs once a MoE layer on the device.
-Neither depends on a mode; a width may, because the policy is agreed first.
+`Agreement` runs once a pass on the host, always, and carries the leader's policy and each rank's
+sizes, so every rank acts on one policy for the whole pass. `Exchange` runs on the device: once a
+MoE layer where a lever acts, once at the end of the pass where none does. What decides which is
+agreed, so no rank's own mode or configuration can make it wait for another.
 
 Shape letters: R ranks, W row width.
 """
@@ -20,6 +21,7 @@ from sglang_moelb.types import Policy
 
 LEADER = 0
 PHASES = ("idle", "decode", "prefill")
+NUM_SIZES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,17 +53,24 @@ class Agreed:
 
 
 class Agreement:
-    """Host all-gather of the leader's policy and every rank's sizes, once a pass."""
+    """Host all-gather of the leader's policy and every rank's sizes, once a pass.
+
+    `start` and `finish` take turns; between them the ranks' messages travel while the host works.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._rank = dist.get_rank(group)
         self._num_ranks = dist.get_world_size(group)
+        self._rows = torch.empty(self._num_ranks, NUM_WORDS + NUM_SIZES, dtype=torch.int64)
+        self._work: dist.Work | None = None
+        self._reason = ""
         self._last_words: tuple[int, ...] = ()
         self._last_policy = Policy(epoch=0)
 
-    def agree(self, policy: Policy, sizes: Sizes) -> Agreed:
-        """Exchange `sizes`, adopt the leader's policy; `policy` matters on the leader only."""
+    def start(self, policy: Policy, sizes: Sizes) -> None:
+        """Send `sizes` and, on the leader, `policy`; does not wait."""
+        self._reason = policy.reason
         words = encode(policy) if self._rank == LEADER else (0,) * NUM_WORDS
         mine = torch.tensor(
             [
@@ -73,10 +82,19 @@ class Agreement:
             ],
             dtype=torch.int64,
         )
-        rows = gather_rows(mine, self._num_ranks, self._group).tolist()
+        self._work = dist.all_gather_into_tensor(
+            self._rows.view(-1), mine, group=self._group, async_op=True
+        )
+
+    def finish(self) -> Agreed:
+        """Wait for all ranks and adopt the leader's policy."""
+        assert self._work is not None, "finish without start"
+        self._work.wait()
+        self._work = None
+        rows = self._rows.tolist()
         agreed_words = tuple(rows[LEADER][:NUM_WORDS])
         # The leader decodes its own words too: it must not act on digits that did not travel.
-        reason = policy.reason if self._rank == LEADER else "agreed with the leader"
+        reason = self._reason if self._rank == LEADER else "agreed with the leader"
         if (agreed_words, reason) != (self._last_words, self._last_policy.reason):
             self._last_policy = decode(agreed_words, reason=reason)
         self._last_words = agreed_words
@@ -88,7 +106,7 @@ class Agreement:
 
 
 class Exchange:
-    """Device all-gather of every rank's row of counts, once a MoE layer, by the group's backend."""
+    """Device all-gather of every rank's counts by the group's backend."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -122,8 +140,12 @@ class SymmetricExchange:
         self._turn = 0
 
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
-        """All rows in rank order, `[R, W]` int32; every rank must bring the same W."""
+        """All rows in rank order, `[R, W]` int32; every rank must bring the same W.
+
+        AssertionError for a row wider than the buffer.
+        """
         width = row_W.numel()
+        assert width <= self._max_width, (width, self._max_width)
         start = (self._turn % self.NUM_SLOTS) * self._max_width
         self._turn += 1
         self._buffer[start : start + width].copy_(row_W)
@@ -141,11 +163,19 @@ class SymmetricExchange:
 
 
 def exchange_for(
-    group: dist.ProcessGroup, *, num_experts: int, device: torch.device, one_host: bool
+    group: dist.ProcessGroup,
+    *,
+    num_layers: int,
+    num_experts: int,
+    device: torch.device,
+    one_host: bool,
 ) -> Exchange | SymmetricExchange:
     """Symmetric memory between CUDA ranks of one host, else the group's own all-gather."""
     if device.type == "cuda" and one_host:
-        width = row_width(num_experts, with_histogram=True)
+        width = max(
+            row_width(num_experts, with_histogram=True),
+            num_layers * row_width(num_experts, with_histogram=False),
+        )
         return SymmetricExchange(group, width, device)
     return Exchange(group)
 

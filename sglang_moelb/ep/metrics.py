@@ -87,7 +87,7 @@ class Metrics:
         made = self._made
         lever = record.used_lever
         made["moelb_passes_total"].labels(record.phase, lever.name.lower()).inc()
-        made["moelb_balance_seconds_total"].inc(float(record.balance_ms_L.sum()) / 1e3)
+        made["moelb_balance_seconds_total"].inc(record.balance_ms / 1e3)
         made["moelb_policy_epoch"].set(effects.policy.epoch)
         made["moelb_spent_mass_share"].set(effects.estimate.spent_mass_share)
         if lever is not Lever.NONE:

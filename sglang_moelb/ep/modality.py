@@ -16,6 +16,7 @@ import torch
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 
 FIRST_MULTIMODAL_ID = 1_000_000
+assert FLAG_VISION == 1, "a comparison is taken as a flag as it is"
 REFUSAL = "moelb_lossy"  # custom_params={"moelb_lossy": false} refuses lossy levers
 
 
@@ -39,7 +40,7 @@ class Requests:
 
 def token_flags(input_ids_T: torch.Tensor, requests: Requests) -> torch.Tensor:
     """uint8 `[T]` of FLAG_VISION and FLAG_PROTECTED; on the device of `input_ids_T`, no sync."""
-    flags_T = (input_ids_T >= FIRST_MULTIMODAL_ID).to(torch.uint8) * FLAG_VISION
+    flags_T = (input_ids_T >= FIRST_MULTIMODAL_ID).view(torch.uint8)
     if requests.num_protected == requests.num_tokens:
         return flags_T | FLAG_PROTECTED
     if requests.num_protected:

@@ -1,10 +1,10 @@
 """From the layers of a pass to one `StepRecord`, and from records to what the status shows.
 
-`PassLog` is filled on the hot path with device tensors and marks only. On CUDA its tensors are
+`PassLog` is filled on the hot path with device tensors and marks only. On CUDA its counts are
 copied to pinned memory once, at the end of the pass; `build` runs in the controller thread.
 
-Shape letters: L MoE layers, E logical experts, R ranks, M modalities, W counts row width,
-S sources of rows that share capacities, G groups, C counts of an expert.
+Shape letters: T rows of this rank, L MoE layers, E logical experts, R ranks, M modalities, W width
+of a row of counts, S sources of rows that share capacities, G groups, C counts of an expert.
 """
 
 from __future__ import annotations
@@ -37,49 +37,49 @@ ROWS = [C_TEXT_ROWS, C_VISION_ROWS]
 PARTS = ("dispatch", "balanced", "experts", "combine", "combined")
 
 
-@dataclass(slots=True)
-class LayerLog:
-    """One layer: its outcome and the marks of its parts, in the order of `PARTS`."""
-
-    layer: int
-    outcome: LayerOutcome
-    marks: dict[str, AnyMark] = field(default_factory=dict)
+Marks = dict[str, AnyMark]
 
 
 @dataclass(slots=True)
 class PassLog:
-    """One pass on the hot path."""
+    """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
+
+    `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, or nothing: see `timed`.
+    """
 
     step: int
     agreed: Agreed
     lever: Lever
     gate_reason: str
     begun: AnyMark
-    layers: list[LayerLog] = field(default_factory=list)
+    timed: bool
+    flags_T: torch.Tensor | None  # of the batch's rows, in a prefill pass
+    ids_L: list[torch.Tensor] = field(default_factory=list)
+    outcomes_L: list[LayerOutcome] = field(default_factory=list)
+    marks_L: list[Marks] = field(default_factory=list)
+    observing: tuple[AnyMark, AnyMark] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostCopy:
-    """A closed pass, its tensors on the host or on their way."""
+    """A closed pass, its tensors on the host or on their way; no stats where no lever acted."""
 
     log: PassLog
     counts_LRW: torch.Tensor
-    stats_L8: torch.Tensor
+    stats_L8: torch.Tensor | None
     ended: AnyMark
 
 
-def close(log: PassLog, device: torch.device) -> HostCopy:
-    """End the pass; one asynchronous copy to the host on CUDA, none on CPU."""
-    counts_LRW = torch.stack([layer.outcome.counts_RW for layer in log.layers])
-    none_8 = torch.zeros(8, dtype=torch.int64, device=device)
-    stats_L8 = torch.stack(
-        [none_8 if o.stats_8 is None else o.stats_8 for o in (y.outcome for y in log.layers)]
-    )
+def close(log: PassLog, counts_LRW: torch.Tensor, device: torch.device) -> HostCopy:
+    """End the pass; asynchronous copies to the host on CUDA, none on CPU.
+
+    The log lets go of its device tensors.
+    """
+    stats_L8 = torch.stack([o.stats_8 for o in log.outcomes_L]) if log.outcomes_L else None
     if device.type == "cuda":
         counts_LRW = _to_pinned(counts_LRW)
-        stats_L8 = _to_pinned(stats_L8)
-    for layer in log.layers:
-        layer.outcome = None  # type: ignore[assignment]  # lets go of the layer's device tensors
+        stats_L8 = None if stats_L8 is None else _to_pinned(stats_L8)
+    log.ids_L, log.outcomes_L = [], []
     return HostCopy(log=log, counts_LRW=counts_LRW, stats_L8=stats_L8, ended=mark_on(device))
 
 
@@ -94,9 +94,9 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
     log = copy.log
     counts_LRW = copy.counts_LRW.numpy()
     counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
-        len(log.layers), topology.num_ranks, topology.num_experts, NUM_COUNTS
+        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
     )
-    stats_8 = copy.stats_L8.numpy().sum(axis=0).tolist()
+    stats_8 = [0] * 8 if copy.stats_L8 is None else copy.stats_L8.numpy().sum(axis=0).tolist()
     header_RW = counts_LRW[0, :, :NUM_HEADER].astype(np.int64)
     # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
     rows_LEM = counts_LREC.sum(axis=1, dtype=np.int32)[..., ROWS].astype(np.int64)
@@ -120,7 +120,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
         num_added_rows=stats_8[4] + stats_8[7],
         experts_ms_L=_spans(log, "experts", "combine"),
         layer_ms_L=_spans(log, "dispatch", "combined"),
-        balance_ms_L=_spans(log, "dispatch", "balanced"),
+        balance_ms=_balance_ms(log),
         step_ms=log.begun.ms_until(copy.ended),  # type: ignore[arg-type]
     )
 
@@ -147,9 +147,16 @@ def _spans(log: PassLog, first: str, last: str) -> np.ndarray:
         marks[first].ms_until(marks[last])  # type: ignore[arg-type]
         if first in marks and last in marks
         else 0.0
-        for marks in (y.marks for y in log.layers)
+        for marks in log.marks_L
     ]
     return np.array(spans)
+
+
+def _balance_ms(log: PassLog) -> float:
+    if log.observing is not None:
+        begun, ended = log.observing
+        return begun.ms_until(ended)  # type: ignore[arg-type]
+    return float(_spans(log, "dispatch", "balanced").sum())
 
 
 def _rows_after(

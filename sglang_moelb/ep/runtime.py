@@ -1,13 +1,15 @@
 """What one scheduler process does between the seams: the layer clock and the pass clock joined.
 
 All methods are called by SGLang's serving thread through `ep.points`.
+
+Shape letters: L MoE layers, R ranks, W width of a layer's row.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -19,30 +21,19 @@ from sglang_moelb.ep import points, records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_thread import ControllerThread, Pending
-from sglang_moelb.ep.exchange import Agreed, Agreement, Exchange, Sizes, SymmetricExchange
-from sglang_moelb.ep.modality import Requests, RowWindow, requests_of, token_flags
-from sglang_moelb.ep.records import LayerLog, PassLog
-from sglang_moelb.ep.seams import SEAMS, Form
+from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
+from sglang_moelb.ep.modality import requests_of
+from sglang_moelb.ep.observe import observe
+from sglang_moelb.ep.open_pass import PassOpener
+from sglang_moelb.ep.records import AnyMark, PassLog
+from sglang_moelb.ep.seams import SEAMS
+from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
-from sglang_moelb.types import Lever, Policy, StepRecord, Topology
+from sglang_moelb.types import Lever, StepRecord
 
 logger = logging.getLogger("sglang_moelb")
 
 KNOB_PREFIX = "moelb."
-UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """Where a runtime sits: the model's sizes, this rank, and what finds a layer again."""
-
-    topology: Topology
-    rank: int
-    device: torch.device
-    window: RowWindow
-    layer_of_dispatcher: dict[int, int]
-    scoring: tuple[str, ...]  # one a layer
-    form: Form
 
 
 class Runtime:
@@ -59,15 +50,12 @@ class Runtime:
     ) -> None:
         self._seat = seat
         self._config = config
-        self._agreement = agreement
+        self._passes = PassOpener(seat, agreement, controller)
         self._controller = controller
         self._ledger = ledger
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
-        self._step = 0
-        self._log: PassLog | None = None
-        self._flags_T: torch.Tensor | None = None
-        self._layer: LayerLog | None = None
-        self._policy = Policy(epoch=0)
+        self._exchange = exchange
+        self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
         self._seams_verified = False
         self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
 
@@ -79,44 +67,25 @@ class Runtime:
         forward_batch.moelb_requests = requests_of(batch, list(lengths))
 
     def begin_pass(self, forward_batch: Any) -> None:
-        """Agree with the other ranks on what holds for this pass, and flag its tokens."""
-        requests = getattr(forward_batch, "moelb_requests", UNKNOWN_REQUESTS)
-        start, stop = self._seat.window.bounds(forward_batch.input_ids.shape[0])
-        num_tokens = max(min(requests.num_tokens, stop) - start, 0)
-        mine = Sizes(
-            num_tokens=num_tokens,
-            num_prefill_tokens=num_tokens if requests.phase == "prefill" else 0,
-            num_protected_tokens=requests.num_protected,
-            phase=requests.phase,
-        )
-        wanted = self._controller.policy() if self._controller else self._policy
-        agreed = self._agreement.agree(wanted, mine)
-        self._policy = agreed.policy
-        if agreed.phase == "prefill":
-            self._flags_T = token_flags(forward_batch.input_ids, requests)
-        reason = gate_reason(agreed)
-        self._log = PassLog(
-            step=self._step,
-            agreed=agreed,
-            lever=Lever.NONE if reason else agreed.policy.lever,
-            gate_reason=reason,
-            begun=mark_on(self._seat.device),
-        )
-        self._step += 1
-        if self._controller:
-            self._controller.pass_begun()
+        """Start to agree with the other ranks on what holds for this pass."""
+        self._passes.begin(forward_batch)
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
         layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
-        if self._log is None or layer is None or not _is_normal(dispatcher):
+        if layer is None or not _is_normal(dispatcher):
             return topk_output
-        if self._log.agreed.phase != "prefill":
+        log = self._passes.opened()
+        if log is None or log.agreed.phase != "prefill":
             # No lever can act, and decode would pay for the exchange with every token. All ranks
-            # have agreed on the phase, so all stay out of this layer's exchange together.
+            # have agreed on the phase, so all stay out of this pass's exchange together.
             return topk_output
-        assert self._flags_T is not None
-        begun = mark_on(self._seat.device)
+        log.marks_L.append({})
+        self._marks = log.marks_L[-1] if log.timed else None
+        self._mark("dispatch")
+        if log.lever is Lever.NONE:
+            log.ids_L.append(topk_output.topk_ids)
+            return topk_output
         outcome = self._balancer.run(
             LayerInput(
                 layer=layer,
@@ -124,17 +93,14 @@ class Runtime:
                 weights_TK=topk_output.topk_weights,
                 logits_TE=topk_output.router_logits,
                 hidden_TD=hidden_states,
-                flags_T=self._seat.window.of(self._flags_T, hidden_states.shape[0]),
+                flags_T=self._flags_of(log, hidden_states.shape[0]),
                 scoring=self._seat.scoring[layer],
             ),
-            self._log.agreed,
-            self._log.lever,
+            log.agreed,
+            log.lever,
         )
-        self._layer = LayerLog(layer=layer, outcome=outcome, marks={"dispatch": begun})
-        self._log.layers.append(self._layer)
+        log.outcomes_L.append(outcome)
         self._mark("balanced")
-        if not outcome.changed:
-            return topk_output
         return topk_output._replace(
             topk_ids=outcome.ids_TC.to(topk_output.topk_ids.dtype), topk_weights=outcome.weights_TC
         )
@@ -150,21 +116,40 @@ class Runtime:
     def after_combine(self) -> None:
         """The layer is enqueued as a whole."""
         self._mark("combined")
-        self._layer = None
+        self._marks = None
 
     def end_pass(self) -> None:
         """Close the pass and hand it to the controller."""
-        log, self._log, self._flags_T = self._log, None, None
+        log = self._passes.close()
         if log is None:
             return
         if log.agreed.phase == "prefill" and not self._seams_verified:
             verify_passed()
             self._seams_verified = True
-        if self._controller and log.layers:
-            copy = records.close(log, self._seat.device)
-            self._controller.submit(
-                Pending(build=lambda: self._record(copy))
-            )
+        if not log.marks_L:
+            return
+        counts_LRW = self._counts_of(log)
+        if self._controller:
+            copy = records.close(log, counts_LRW, self._seat.device)
+            self._controller.submit(Pending(build=lambda: self._record(copy)))
+
+    def _counts_of(self, log: PassLog) -> torch.Tensor:
+        """Every rank's counts of all layers, `[L, R, W]`; without a lever a collective."""
+        if log.lever is not Lever.NONE:
+            return torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+        begun = mark_on(self._seat.device)
+        counts_LRW = observe(
+            log.ids_L,
+            self._flags_of(log, log.ids_L[0].shape[0]),
+            self._exchange,
+            num_experts=self._seat.topology.num_experts,
+        )
+        log.observing = (begun, mark_on(self._seat.device))
+        return counts_LRW
+
+    def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:
+        assert log.flags_T is not None, "only a prefill pass is observed"
+        return self._seat.window.of(log.flags_T, num_rows)
 
     def _record(self, copy: records.HostCopy) -> StepRecord:
         """Build a record in the controller thread, and learn the mass of a token from a cut."""
@@ -177,7 +162,7 @@ class Runtime:
 
     def status(self) -> dict[str, Any]:
         """The state of this rank as plain JSON types; full on the leader only."""
-        policy = {**asdict(self._policy), "lever": self._policy.lever.name.lower()}
+        policy = {**asdict(self._passes.policy), "lever": self._passes.policy.lever.name.lower()}
         answer: dict[str, Any] = {
             "active": True,
             "form": self._seat.form,
@@ -187,7 +172,7 @@ class Runtime:
             "config": msgspec.to_builtins(self._config),
             "topology": asdict(self._seat.topology),
             "policy": {k: v.name.lower() if hasattr(v, "name") else v for k, v in policy.items()},
-            "num_passes": self._step,
+            "num_passes": self._passes.num_passes,
             "seams": dict(points.num_passed),
             "controller": {"state": "off"},
         }
@@ -233,21 +218,8 @@ class Runtime:
         return answer
 
     def _mark(self, part: str) -> None:
-        if self._layer is not None and self._controller is not None:
-            self._layer.marks[part] = mark_on(self._seat.device)
-
-
-def gate_reason(agreed: Agreed) -> str:
-    """Why the agreed lever stays unused in this pass, from agreed numbers only; "" if it acts."""
-    policy = agreed.policy
-    if policy.lever is Lever.NONE:
-        return ""
-    if agreed.phase != "prefill":
-        return f"{agreed.phase} pass: nothing is ever dropped outside prefill"
-    num_tokens = sum(s.num_prefill_tokens for s in agreed.sizes_R)
-    if num_tokens < policy.min_batch_tokens:
-        return f"{num_tokens} prefill tokens, below min_batch_tokens {policy.min_batch_tokens}"
-    return ""
+        if self._marks is not None:
+            self._marks[part] = mark_on(self._seat.device)
 
 
 def verify_passed() -> None:

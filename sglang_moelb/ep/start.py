@@ -15,7 +15,8 @@ from sglang_moelb.ep.controller_thread import ControllerThread
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
-from sglang_moelb.ep.runtime import Runtime, Seat
+from sglang_moelb.ep.runtime import Runtime
+from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.types import Effects, StepRecord, Topology
 
@@ -60,6 +61,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
         Agreement(group.cpu_group),
         exchange_for(
             group.device_group,
+            num_layers=seat.topology.num_layers,
             num_experts=seat.topology.num_experts,
             device=seat.device,
             one_host=model_runner.server_args.nnodes == 1,
@@ -146,10 +148,20 @@ def _routers(model: torch.nn.Module) -> dict[int, Any]:
 
 
 def _scoring(router: Any, architecture: str) -> str:
-    scoring = str(router.topk_config.scoring_func)
+    scoring = scoring_of(router.topk_config)
     if scoring not in SCORINGS:
         _refuse(f"model {architecture}", f"its router scores by {scoring}; known: {SCORINGS}")
     return scoring
+
+
+def scoring_of(topk_config: Any) -> str:
+    """How SGLang turns router logits into gate weights: the name of the function.
+
+    With a correction bias its grouped top-k takes sigmoids, whatever `scoring_func` says.
+    """
+    if topk_config.use_grouped_topk and topk_config.correction_bias is not None:
+        return "sigmoid"
+    return str(topk_config.scoring_func)
 
 
 def _refuse(what: str, why: str) -> None:

@@ -78,7 +78,7 @@ class Ledger:
             "step_ms": round(record.step_ms, 3),
             "experts_ms": round(float(record.experts_ms_L.sum()), 3),
             "layer_ms": round(float(record.layer_ms_L.sum()), 3),
-            "balance_ms": round(float(record.balance_ms_L.sum()), 3),
+            "balance_ms": round(record.balance_ms, 3),
         }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_moelb.config import Config, merge, policy_of
 from sglang_moelb.controller.controller import Controller
-from sglang_moelb.types import Effects, Lever, Topology
+from sglang_moelb.types import Effects, Lever, Observation, Topology
 
 from .world import (
     BALANCED,
@@ -283,3 +283,30 @@ def test_a_compile_in_the_first_passes_does_not_delay_or_mislead() -> None:
     after = observe(Controller(config(), TOPOLOGY), [slow, slow] + [record(SKEWED)] * 8)[-1]
     assert after.policy.lever == CHOSEN
     assert after.decision.expected_gain == pytest.approx(clean.decision.expected_gain)
+
+
+def test_passes_in_quick_succession_are_counted_but_not_all_forecast() -> None:
+    records = [record(SKEWED, step=i) for i in range(9)]
+    often = Controller(config(), TOPOLOGY)
+    seldom = Controller(config(), TOPOLOGY)
+    estimates = [
+        seldom.step(Observation(record=r, now_s=0.02 * i)).estimate for i, r in enumerate(records)
+    ]
+    for i, r in enumerate(records):
+        last = often.step(Observation(record=r, now_s=float(i))).estimate
+    assert [e.num_passes for e in estimates] == [1, 1, 1, 1, 1, 6, 6, 6, 6]
+    again = seldom.step(Observation(record=records[-1], now_s=1.0)).estimate
+    assert again.num_passes == 10
+    assert last.num_passes == 9
+
+
+def test_a_spent_budget_is_acted_on_at_once() -> None:
+    limits = {"mode": "drop", "controller": {"interval_ms": 60_000, "quality_budget": 0.01}}
+    controller = Controller(merge(Config(), limits), TOPOLOGY)
+    first = controller.step(Observation(record=record(SKEWED), now_s=0.0))
+    assert first.policy.lever is Lever.DROP
+    lossy = replace(
+        record(SKEWED, policy=first.policy, step=1), routed_mass=100.0, lost_mass=50.0
+    )
+    after = controller.step(Observation(record=lossy, now_s=0.001))
+    assert after.estimate.spent_mass_share > 0.01

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from sglang_moelb.controller.controller import Controller
-from sglang_moelb.types import Effects
+from sglang_moelb.types import Effects, Observation
 
 from .world import TOPOLOGY, config, observe, record, serve
 
@@ -54,7 +54,7 @@ def test_replaying_the_records_of_a_run_gives_its_policies() -> None:
     records, effects = [], []
     for step, rows_E in enumerate(golden_passes()):
         records.append(record(rows_E, policy=live.policy, step=step))
-        effects += observe(live, records[-1:])
+        effects.append(live.step(Observation(record=records[-1], now_s=0.1 * step)))
     replayed = observe(Controller(config(**SETTINGS), TOPOLOGY), records)
     assert [e.policy for e in replayed] == [e.policy for e in effects]
 

@@ -90,7 +90,7 @@ def record(
         num_added_rows=0,
         experts_ms_L=experts_L,
         layer_ms_L=experts_L + 1.0,
-        balance_ms_L=np.full(topology.num_layers, 0.01),
+        balance_ms=0.01 * topology.num_layers,
         step_ms=REST_MS + topology.num_layers * slowest_ms,
     )
 

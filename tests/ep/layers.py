@@ -39,9 +39,7 @@ class Outcome:
     ids_TC: torch.Tensor
     weights_TC: torch.Tensor
     counts_RW: torch.Tensor
-    stats_8: list[int] | None
-    same_objects: bool
-    changed: bool
+    stats_8: list[int]
 
 
 def topology(num_ranks: int) -> Topology:
@@ -170,9 +168,7 @@ def run_layers(
                 ids_TC=out.ids_TC,
                 weights_TC=out.weights_TC,
                 counts_RW=out.counts_RW,
-                stats_8=None if out.stats_8 is None else out.stats_8.tolist(),
-                same_objects=out.ids_TC is routed.ids_TK and out.weights_TC is routed.weights_TK,
-                changed=out.changed,
+                stats_8=out.stats_8.tolist(),
             )
         )
     return outcomes

@@ -48,16 +48,6 @@ def must_keep(rows: list[Row], capacity: int) -> int:
 
 
 @pytest.mark.parametrize("num_ranks", GROUP_SIZES)
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_without_a_lever_the_very_same_tensors_come_back(
-    ranks: Ranks, name: str, num_ranks: int
-) -> None:
-    outcomes = balance(ranks, routing(name, num_ranks), PLAIN, Lever.NONE)
-    assert all(out.same_objects and not out.changed for out in outcomes)
-    assert any(out.changed for out in balance(ranks, routing(name, num_ranks), PLAIN, Lever.DROP))
-
-
-@pytest.mark.parametrize("num_ranks", GROUP_SIZES)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_global_drop_keeps_what_fits_and_not_one_row_less_or_more(

@@ -62,7 +62,11 @@ def agree(
     group: dist.ProcessGroup, rank: int, passes: list[tuple[Policy, Sizes]]
 ) -> list[Agreed]:
     agreement = Agreement(group)
-    return [agreement.agree(policy, mine) for policy, mine in passes]
+    answers = []
+    for policy, mine in passes:
+        agreement.start(policy, mine)
+        answers.append(agreement.finish())
+    return answers
 
 
 def nameless(agreed: Agreed) -> Agreed:

@@ -113,7 +113,7 @@ def test_padded_rows_beyond_the_requests_are_neither_vision_nor_protected(
 
 
 def test_a_batch_whose_requests_are_not_known_is_protected() -> None:
-    from sglang_moelb.ep.runtime import UNKNOWN_REQUESTS
+    from sglang_moelb.ep.open_pass import UNKNOWN_REQUESTS
 
     assert token_flags(torch.zeros(4).long(), UNKNOWN_REQUESTS).tolist() == [FLAG_PROTECTED] * 4
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sglang_moelb.ep.balance import LayerBalancer, LayerInput, LayerOutcome
+from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.exchange import Agreed, Exchange
-from sglang_moelb.ep.records import LayerLog, PassLog, build, close, rank_rows
+from sglang_moelb.ep.observe import observe
+from sglang_moelb.ep.records import PassLog, build, close, rank_rows
 from sglang_moelb.ep.status import Ledger, balancedness
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import (
@@ -40,24 +41,37 @@ def one_pass(
     group: dist.ProcessGroup,
     rank: int,
     payload: tuple[Topology, list[LayerInput], Agreed, Lever],
-) -> tuple[StepRecord, list[LayerOutcome]]:
-    """On a rank: all layers of a pass, and its record."""
+) -> tuple[StepRecord, list[torch.Tensor]]:
+    """On a rank: all layers of a pass; its record, and the ids of each layer after it."""
     sizes, layers, agreed, lever = payload
-    balancer = LayerBalancer(sizes, rank, Exchange(group))
-    log = PassLog(step=11, agreed=agreed, lever=lever, gate_reason="", begun=mark_on(HOST))
-    outcomes = []
+    exchange = Exchange(group)
+    balancer = LayerBalancer(sizes, rank, exchange)
+    log = PassLog(
+        step=11, agreed=agreed, lever=lever, gate_reason="", begun=mark_on(HOST), timed=True,
+        flags_T=layers[0].flags_T,
+    )  # fmt: skip
+    ids_L = []
     for routed in layers:
-        outcome = balancer.run(routed, agreed, lever)
-        outcomes.append(outcome)
-        log.layers.append(LayerLog(layer=routed.layer, outcome=outcome))
+        log.marks_L.append({})
         for part in ("dispatch", "balanced", "experts", "combine", "combined"):
-            log.layers[-1].marks[part] = mark_on(HOST)
-    return build(close(log, HOST), sizes, rank, MASS_PER_TOKEN), outcomes
+            log.marks_L[-1][part] = mark_on(HOST)
+        if lever is Lever.NONE:
+            ids_L.append(routed.ids_TK)
+            continue
+        log.outcomes_L.append(balancer.run(routed, agreed, lever))
+        ids_L.append(log.outcomes_L[-1].ids_TC)
+    if lever is Lever.NONE:
+        counts_LRW = observe(
+            ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
+        )
+    else:
+        counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+    return build(close(log, counts_LRW, HOST), sizes, rank, MASS_PER_TOKEN), ids_L
 
 
 def run_pass(
     ranks: Ranks, name: str, policy: Policy, num_ranks: int = 4
-) -> tuple[list[list[LayerInput]], list[tuple[StepRecord, list[LayerOutcome]]]]:
+) -> tuple[list[list[LayerInput]], list[tuple[StepRecord, list[torch.Tensor]]]]:
     """Two layers routed as `name`; inputs and results, a rank each."""
     sizes = topology(num_ranks)
     layers = [routing(name, num_ranks, seed) for seed in range(sizes.num_layers)]
@@ -116,7 +130,7 @@ def test_rows_after_equal_what_the_cut_really_left_on_each_rank(
     policy = replace(POLICY, lever=lever, scope=scope, level=level)
     _, results = run_pass(ranks, name, policy)
     real_LR = [
-        sum(rows_per_rank(outcomes[layer].ids_TC, 4) for _, outcomes in results).tolist()
+        sum(rows_per_rank(ids_L[layer], 4) for _, ids_L in results).tolist()
         for layer in range(2)
     ]
     assert all(record.rows_after_LR.tolist() == real_LR for record, _ in results)
@@ -128,15 +142,14 @@ def test_masses_and_row_counts_of_the_ranks_own_tokens_equal_sums_of_weights(
     ranks: Ranks, lever: Lever, rule: Rule
 ) -> None:
     inputs, results = run_pass(ranks, "skewed", replace(POLICY, lever=lever, rule=rule))
-    for mine, (record, outcomes) in zip(inputs, results, strict=True):
-        pairs = list(zip(mine, outcomes, strict=True))
+    for mine, (record, ids_L) in zip(inputs, results, strict=True):
+        pairs = list(zip(mine, ids_L, strict=True))
         routed = sum(float((i.weights_TK * (i.ids_TK >= 0)).sum()) for i, _ in pairs)
-        gone = [(i.ids_TK >= 0) & (o.ids_TC[:, :TOPK] < 0) for i, o in pairs]
+        gone = [(i.ids_TK >= 0) & (ids[:, :TOPK] < 0) for i, ids in pairs]
         lost = sum(float((i.weights_TK * g).sum()) for (i, _), g in zip(pairs, gone, strict=True))
-        added = sum(int((o.ids_TC[:, TOPK:] >= 0).sum()) for _, o in pairs)
+        added = sum(int((ids[:, TOPK:] >= 0).sum()) for _, ids in pairs)
         added += sum(
-            int(((o.ids_TC[:, :TOPK] >= 0) & (o.ids_TC[:, :TOPK] != i.ids_TK)).sum())
-            for i, o in pairs
+            int(((ids[:, :TOPK] >= 0) & (ids[:, :TOPK] != i.ids_TK)).sum()) for i, ids in pairs
         )
         assert record.routed_mass == pytest.approx(routed, rel=1e-3)
         assert record.lost_mass == pytest.approx(lost, rel=1e-3, abs=1e-3)

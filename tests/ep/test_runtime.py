@@ -14,8 +14,10 @@ from sglang_moelb.config import Config, merge, policy_of, to_numbers
 from sglang_moelb.ep import points
 from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.modality import Requests, RowWindow
-from sglang_moelb.ep.runtime import KNOB_PREFIX, Runtime, Seat, gate_reason
+from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
+from sglang_moelb.ep.runtime import KNOB_PREFIX, Runtime
 from sglang_moelb.ep.seams import SEAMS
+from sglang_moelb.ep.seat import Seat
 from sglang_moelb.types import Lever, Policy
 
 from .layers import NUM_EXPERTS, TOPK, layer_input, topology
@@ -43,12 +45,24 @@ class Dispatcher:
 
 
 class Agreeing:
-    def agree(self, policy: Policy, sizes: Sizes) -> Agreed:
-        return Agreed(policy=policy, sizes_R=(sizes,) * NUM_RANKS)
+    """Every rank brings the same; `is_waited` once the answer has been asked for."""
+
+    def start(self, policy: Policy, sizes: Sizes) -> None:
+        self.agreed = Agreed(policy=policy, sizes_R=(sizes,) * NUM_RANKS)
+        self.is_waited = False
+
+    def finish(self) -> Agreed:
+        assert not self.is_waited, "finish without start"
+        self.is_waited = True
+        return self.agreed
 
 
 class Mirroring:
+    def __init__(self) -> None:
+        self.num_gathers = 0
+
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
+        self.num_gathers += 1
         return row_W.expand(NUM_RANKS, -1).contiguous()
 
 
@@ -90,7 +104,19 @@ def dispatcher() -> Dispatcher:
 
 
 @pytest.fixture
-def runtime(clock: Clock, dispatcher: Dispatcher) -> Iterator[Runtime]:
+def agreeing() -> Agreeing:
+    return Agreeing()
+
+
+@pytest.fixture
+def mirroring() -> Mirroring:
+    return Mirroring()
+
+
+@pytest.fixture
+def runtime(
+    clock: Clock, dispatcher: Dispatcher, agreeing: Agreeing, mirroring: Mirroring
+) -> Iterator[Runtime]:
     seat = Seat(
         topology=replace(topology(NUM_RANKS), num_layers=1),
         rank=0,
@@ -102,7 +128,7 @@ def runtime(clock: Clock, dispatcher: Dispatcher) -> Iterator[Runtime]:
     )
     for seam in SEAMS:
         points.num_passed[seam.name] += 1
-    yield Runtime(seat, START, Agreeing(), Mirroring(), clock, None)  # type: ignore[arg-type]
+    yield Runtime(seat, START, agreeing, mirroring, clock, None)  # type: ignore[arg-type]
     points.detach()
 
 
@@ -184,6 +210,72 @@ def test_without_a_lever_the_same_object_is_dispatched_and_still_recorded(
     assert record.rows_LEM.sum() == 40 * TOPK * NUM_RANKS
     assert record.gate_reason == ""
     assert record.routed_mass > 0
+
+
+def test_a_pass_is_exchanged_once_without_a_lever_and_once_a_layer_with_one(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, mirroring: Mirroring
+) -> None:
+    routed = layer_input(40, seed=3)
+    output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    for lever, expected in ((Lever.NONE, 1), (Lever.DROP, 3)):
+        clock.lever, mirroring.num_gathers = lever, 0
+        runtime.begin_pass(forward_batch(40, PREFILL))
+        for _ in range(3):
+            runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
+        runtime.end_pass()
+        assert mirroring.num_gathers == expected
+        assert clock.records[-1].rows_LEM.shape[0] == 3
+        assert (clock.records[-1].rows_LEM == clock.records[-1].rows_LEM[:1]).all()
+
+
+def test_the_ranks_are_waited_for_at_the_first_moe_layer_and_not_before(
+    runtime: Runtime, dispatcher: Dispatcher, agreeing: Agreeing
+) -> None:
+    routed = layer_input(40, seed=3)
+    runtime.begin_pass(forward_batch(40, PREFILL))
+    assert not agreeing.is_waited
+    output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
+    assert agreeing.is_waited
+    runtime.end_pass()
+
+
+def test_a_pass_without_a_moe_layer_still_takes_its_turn_in_the_agreement(
+    runtime: Runtime, agreeing: Agreeing
+) -> None:
+    runtime.begin_pass(forward_batch(40, PREFILL))
+    runtime.end_pass()
+    assert agreeing.is_waited
+
+
+def test_vision_tokens_are_flagged_before_sglang_clamps_their_ids(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    clock.lever = Lever.NONE
+    routed = layer_input(40, seed=3)
+    batch = forward_batch(40, PREFILL)
+    batch.input_ids[:7] = 1_000_000
+    runtime.begin_pass(batch)
+    batch.input_ids.clamp_(max=10)
+    output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
+    runtime.end_pass()
+    assert clock.records[0].num_vision_tokens_R.tolist() == [7, 7]
+
+
+def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    clock.lever = Lever.NONE
+    for _ in range(TIMED_FIRST + TIMED_EVERY):
+        serve(runtime, dispatcher, PREFILL)
+    timed = [bool((record.experts_ms_L > 0).all()) for record in clock.records]
+    assert timed == [True] * TIMED_FIRST + [False] * (TIMED_EVERY - 1) + [True]
+    assert all(record.balance_ms > 0 for record in clock.records)
+    clock.lever = Lever.DROP
+    serve(runtime, dispatcher, PREFILL)
+    assert (clock.records[-1].experts_ms_L > 0).all()
+    assert clock.records[-1].balance_ms > 0
 
 
 @pytest.mark.parametrize("stranger", [Dispatcher(), Dispatcher("LOW_LATENCY")])

@@ -23,7 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # runs from a checkout, no
 
 from kernel_bench import BenchCase, run_cases, write_rows  # noqa: E402
 
-from sglang_moelb.kernels.count_experts import KeyRule, count_experts  # noqa: E402
+from sglang_moelb.kernels.count_experts import (  # noqa: E402
+    KeyRule,
+    count_experts,
+    count_layers,
+)
 from sglang_moelb.kernels.cut_tokens import cut_tokens  # noqa: E402
 from sglang_moelb.kernels.plan_cuts import plan_cuts  # noqa: E402
 from sglang_moelb.kernels.row_layout import (  # noqa: E402
@@ -117,6 +121,11 @@ def check_counts(shape: Shape) -> None:
     for rule in (None, *rules):
         options = {"num_experts": shape.num_experts, "topk": shape.topk, "key_rule": rule}
         check_same(f"count_experts {shape} {rule}", count_experts, args, options)
+    layers = [case.ids_TC[:, : shape.topk].roll(shift, 0) for shift in range(3)]
+    args = (torch.stack(layers), case.flags_T)
+    expected_LW = count_layers(*args, num_experts=shape.num_experts)
+    rows_LW = count_layers(*(arg.cuda() for arg in args), num_experts=shape.num_experts)
+    assert_close(f"count_layers {shape}", expected_LW, rows_LW, tolerance=0.0)
 
 
 def check_cuts(shape: Shape) -> None:

@@ -17,11 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
-def load_op() -> Callable[[str], Callable]:
-    """A function from an op's name to the implementation under test."""
+def load_op() -> Callable[..., Callable]:
+    """A function from an op's name, and that of a function in it, to what is under test."""
 
-    def load(op: str) -> Callable:
+    def load(op: str, function: str = "") -> Callable:
         module = f"sglang_moelb.kernels.{op}" + (".kernel" if INTERPRETED else "")
-        return getattr(importlib.import_module(module), op)
+        return getattr(importlib.import_module(module), function or op)
 
     return load

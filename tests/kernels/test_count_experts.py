@@ -28,6 +28,11 @@ def count_experts(load_op: Callable) -> Callable:
     return load_op("count_experts")
 
 
+@pytest.fixture
+def count_layers(load_op: Callable) -> Callable:
+    return load_op("count_experts", "count_layers")
+
+
 def loop_key(rule: KeyRule, t: int, e: int, weight: float, flag: int, amount: int, T: int) -> int:
     vision = bool(flag & FLAG_VISION)
     first = {Preference.UNIFORM: False, Preference.IMAGE_FIRST: not vision}.get(
@@ -245,3 +250,22 @@ def test_strided_rows_are_read_in_place(count_experts: Callable) -> None:
     inputs = (case.ids_TC[:, :4], case.weights_TC[:, :4], case.flags_T, None)
     assert not inputs[0].is_contiguous()
     assert_counts(count_experts, *inputs, num_experts=8, topk=4, key_rule=SCORE_IMAGE_FIRST)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("num_tokens", [0, 1, 300])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_many_layers_are_counted_as_each_alone(
+    count_layers: Callable, num_layers: int, num_tokens: int, id_dtype: torch.dtype
+) -> None:
+    cases = [random_routing(num_tokens, 4, 6, seed=layer) for layer in range(num_layers)]
+    ids_LTK = torch.stack([case.ids_TC for case in cases]).to(id_dtype)
+    rows_LW = count_layers(ids_LTK, cases[0].flags_T, num_experts=6)
+    loops = [
+        loop_count(
+            ids_TK, cases[0].weights_TC, cases[0].flags_T, None,
+            num_experts=6, topk=4, key_rule=None,
+        )[0]
+        for ids_TK in ids_LTK
+    ]  # fmt: skip
+    assert_close("rows_LW", torch.stack(loops), rows_LW)

@@ -1,7 +1,7 @@
 """Counts of one rank's rows per expert and modality, with histograms of what a cut may drop.
 
-Shape letters: T tokens of this rank (may be 0), C columns: the first `topk` are routed, the rest
-are candidates of an expansion; W row width.
+Shape letters: T tokens of this rank (may be 0), K top-k, C columns: the first `topk` are routed,
+the rest are candidates of an expansion; L layers, W row width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from sglang_moelb.kernels.count_experts import ref
 from sglang_moelb.kernels.keys import KeyRule
 
-__all__ = ["KeyRule", "count_experts"]
+__all__ = ["KeyRule", "count_experts", "count_layers"]
 
 
 def count_experts(
@@ -53,3 +53,24 @@ def count_experts(
 
         return kernel.count_experts(*args, num_experts=num_experts, topk=topk, key_rule=key_rule)
     return ref.count_experts(*args, num_experts=num_experts, topk=topk, key_rule=key_rule)
+
+
+def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+    """The rows that `count_experts` gives without amounts and key rule, of many layers at once.
+
+    Source: ours. For passes in which nothing is cut: one launch for all layers.
+
+    Args:
+        ids_LTK: int32 or int64 logical experts, -1 none; contiguous.
+        flags_T: uint8, FLAG_VISION and FLAG_PROTECTED; the same tokens in all layers.
+        num_experts: E.
+
+    Returns:
+        rows_LW int32, rows as in `row_layout` without histogram. Equal, bit by bit, on every run
+        and on host and device; no host sync.
+    """
+    if ids_LTK.is_cuda:
+        from sglang_moelb.kernels.count_experts import kernel
+
+        return kernel.count_layers(ids_LTK, flags_T, num_experts=num_experts)
+    return ref.count_layers(ids_LTK, flags_T, num_experts=num_experts)

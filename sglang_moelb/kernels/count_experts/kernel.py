@@ -1,4 +1,6 @@
-"""Triton kernel of `count_experts`: one program per tile of tokens, integer atomics into the row.
+"""Triton kernel of `count_experts`: a program per tile of tokens, integer atomics into the row.
+
+`count_layers` runs it with a second grid axis, one slice a layer.
 
 Integer sums do not depend on their order, so every run gives the same bits.
 
@@ -14,7 +16,7 @@ Example: E = 2, topk = C = 2, four tokens, no amounts, no key_rule:
     expert 0  2 text, 0 vision, 1 protected rows; protected amount 1, cuttable amount 1
     expert 1  2 text, 1 vision, 1 protected rows; protected amount 1, cuttable amount 2
 
-Shape letters: T tokens, C columns, E experts, W row width.
+Shape letters: T tokens, C columns, K top-k, E experts, L layers, W row width.
 """
 
 from __future__ import annotations
@@ -161,6 +163,8 @@ def _add_rows(
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
+        "ids_layer_stride",
+        "row_layer_stride",
         "ids_stride",
         "weights_stride",
         "metric",
@@ -177,6 +181,8 @@ def _count(
     row_ptr,
     keys_ptr,
     num_tokens,
+    ids_layer_stride,
+    row_layer_stride,
     ids_stride,
     weights_stride,
     metric,
@@ -192,6 +198,9 @@ def _count(
     TILE_COLUMNS: tl.constexpr,
     TILE_EXPERTS: tl.constexpr,
 ):
+    layer = tl.program_id(1).to(tl.int64)
+    ids_ptr += layer * ids_layer_stride
+    row_ptr += layer * row_layer_stride
     token = tl.program_id(0).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     is_token = token < num_tokens
@@ -275,8 +284,7 @@ def count_experts(
         return row_W, keys_TC
     ids_TC = ids_TC if ids_TC.stride(1) == 1 else ids_TC.contiguous()
     weights_TC = weights_TC if weights_TC.stride(1) == 1 else weights_TC.contiguous()
-    tile_columns = triton.next_power_of_2(num_columns)
-    tile_tokens = max(1, TILE_ENTRIES // tile_columns)
+    tile_tokens, tile_columns = _tile(num_columns)
     _count[(triton.cdiv(num_tokens, tile_tokens),)](
         ids_TC,
         weights_TC,
@@ -285,6 +293,8 @@ def count_experts(
         row_W,
         row_W if keys_TC is None else keys_TC,
         num_tokens,
+        0,
+        0,
         ids_TC.stride(0),
         weights_TC.stride(0),
         0 if key_rule is None else int(key_rule.metric),
@@ -302,3 +312,46 @@ def count_experts(
         num_warps=8,
     )
     return row_W, keys_TC
+
+
+def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+    """See `sglang_moelb.kernels.count_experts`. Runs on the device of its tensors, no sync."""
+    num_layers, num_tokens, topk = ids_LTK.shape
+    width = row_layout.row_width(num_experts, with_histogram=False)
+    rows_LW = torch.zeros(num_layers, width, dtype=torch.int32, device=ids_LTK.device)
+    if num_tokens == 0:
+        return rows_LW
+    tile_tokens, tile_columns = _tile(topk)
+    _count[(triton.cdiv(num_tokens, tile_tokens), num_layers)](
+        ids_LTK,
+        ids_LTK,
+        flags_T,
+        flags_T,
+        rows_LW,
+        rows_LW,
+        num_tokens,
+        ids_LTK.stride(0),
+        width,
+        ids_LTK.stride(1),
+        0,
+        0,
+        0,
+        0,
+        0,
+        NUM_EXPERTS=num_experts,
+        NUM_COLUMNS=topk,
+        TOPK=topk,
+        HAS_AMOUNTS=False,
+        HAS_KEYS=False,
+        TILE_TOKENS=tile_tokens,
+        TILE_COLUMNS=tile_columns,
+        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
+        num_warps=8,
+    )
+    return rows_LW
+
+
+def _tile(num_columns: int) -> tuple[int, int]:
+    """Tokens and columns of a tile, powers of 2."""
+    tile_columns = triton.next_power_of_2(num_columns)
+    return max(1, TILE_ENTRIES // tile_columns), tile_columns

@@ -2,7 +2,7 @@
 
 Tokens fall in 4 classes, which their flags number: text, vision, protected text, protected vision.
 Everything is a few `bincount`s by class, because on CPU this is what serves, in every layer.
-Shape letters: as in the package; K = topk, E experts, B bins, N entries.
+Shape letters: as in the package; E experts, B bins, N entries.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ def count_experts(
         bins_TC = ids_TC * layout.NUM_BINS + (keys_TC >> layout.BIN_SHIFT)
         parts.append(_sums(bins_TC.where(cuttable_TC, size), amounts_T, size))
     return torch.cat([part.flatten() for part in parts]).int(), keys_TC
+
+
+def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+    """See `sglang_moelb.kernels.count_experts`. Runs on the host."""
+    num_layers, _, topk = ids_LTK.shape
+    rows_LW = ids_LTK.new_empty(
+        num_layers, layout.row_width(num_experts, with_histogram=False), dtype=torch.int32
+    )
+    for row_W, ids_TK in zip(rows_LW, ids_LTK, strict=True):
+        # The weights rank rows, and nothing is ranked here.
+        row_W[:], _ = count_experts(
+            ids_TK, ids_TK, flags_T, None, num_experts=num_experts, topk=topk, key_rule=None
+        )
+    return rows_LW
 
 
 def _sums(codes_TC: Tensor, amounts_T: Tensor | None, size: int) -> Tensor:

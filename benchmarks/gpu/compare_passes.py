@@ -1,0 +1,60 @@
+"""What `run_prefill.sh` left in a folder, as tables: identity of outputs, and times of passes.
+
+    python -m benchmarks.gpu.compare_passes results
+
+A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); the first ten of a server are
+left out. `period` is the time from the start of a pass to the start of the next within a burst.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NUM_WARMUP = 10
+MAX_PERIOD_MS = 1000.0
+
+
+def main() -> None:
+    """Print both tables."""
+    folder = Path(sys.argv[1])
+    identities = sorted(folder.glob("identity-*.json"))
+    for path in identities[1:]:
+        same = path.read_text() == identities[0].read_text()
+        print(f"{path.stem} against {identities[0].stem}: {'equal' if same else 'DIFFERENT'}")
+    for path in sorted(folder.glob("passes-*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for num_tokens in (16384, 1024):
+            for lever in sorted({row["lever"] for row in rows}):
+                print_passes(path.stem, num_tokens, lever, rows)
+
+
+def print_passes(name: str, num_tokens: int, lever: str, rows: list[dict[str, Any]]) -> None:
+    """Medians and quartiles of the passes of one size and lever of one server."""
+    pairs = [
+        (row, 1e3 * (after["begun_s"] - row["begun_s"]))
+        for row, after in pairwise(rows)
+        if (row["num_tokens"], row["lever"]) == (num_tokens, lever)
+    ][NUM_WARMUP:]
+    if not pairs:
+        return
+    print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, lever {lever}")
+    columns = {
+        "host_ms": [row["host_ms"] for row, _ in pairs],
+        "device_ms": [row["device_ms"] for row, _ in pairs],
+        "period_ms": [period for _, period in pairs if period < MAX_PERIOD_MS],
+    }
+    for part in sorted({part for row, _ in pairs for part in row["parts_us"]}):
+        columns[f"{part}, ms"] = [row["parts_us"].get(part, 0) / 1e3 for row, _ in pairs]
+    for column, values in columns.items():
+        low, middle, high = np.percentile(values, [25, 50, 75])
+        print(f"  {column:28} median {middle:8.3f}, quartiles {low:8.3f} to {high:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
