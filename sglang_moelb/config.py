@@ -50,7 +50,7 @@ class CapacityConfig(_Section, frozen=True):
     level: Literal["expert", "device"] = "device"
     scope: Literal["source", "global"] = "global"
     metric: Literal["score", "order", "reverse", "random"] = "score"
-    preference: Literal["uniform", "image-first", "text-first"] = "image-first"
+    preference: Literal["uniform", "image-first", "text-first"] = "uniform"
     rule: Literal["plain", "macs"] = "plain"
     expansion: Literal["compete", "fill"] = "fill"
     renormalise: bool = False
@@ -67,7 +67,7 @@ class ControllerConfig(_Section, frozen=True):
     min_gain: Share = 0.02  # share of step time below which `none` wins
     switch_margin: Share = 0.01  # further gain needed to change lever
     min_dwell_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4
-    quality_budget: Share = 0.02  # share of gate mass that may be lost over the quality window
+    quality_budget: Share = 0.05  # share of gate mass that may be lost over the quality window
     quality_window_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     # Least time between two forecasts: between them small passes are only counted.
     interval_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 100.0

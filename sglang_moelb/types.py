@@ -110,7 +110,7 @@ class Policy:
     level: Level = Level.DEVICE
     scope: Scope = Scope.GLOBAL
     metric: Metric = Metric.SCORE
-    preference: Preference = Preference.IMAGE_FIRST
+    preference: Preference = Preference.UNIFORM
     rule: Rule = Rule.PLAIN
     expansion: Expansion = Expansion.FILL
     renormalise: bool = False

@@ -14,6 +14,7 @@ from dataclasses import replace
 from sglang_moelb.config import Config, policy_of
 from sglang_moelb.controller import cost, forecast, load
 from sglang_moelb.controller.decide import Standing, decide
+from sglang_moelb.controller.own_time import OwnTime
 from sglang_moelb.controller.quality import LossModel, QualityWindow
 from sglang_moelb.types import (
     Decision,
@@ -41,6 +42,7 @@ class Controller:
         self._topology = topology
         self._standing = Standing()
         self._loss = LossModel()
+        self._own = OwnTime()
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
         self._watch(())
@@ -66,6 +68,8 @@ class Controller:
             self._quality.add(record)
             self._loss = self._loss.updated(record, self._topology)
             entered = self._take(record)
+            if entered:
+                self._own = self._own.updated(record)
             if (entered or record.lost_mass) and self._is_due(observation.now_s):
                 self._estimated_s = observation.now_s
                 self._estimate = self._estimated()
@@ -136,6 +140,7 @@ class Controller:
                 cost=model,
                 times=times,
                 loss=self._loss,
+                own=self._own,
                 capacity=self._capacity,
             ),
         )

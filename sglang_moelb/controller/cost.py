@@ -72,12 +72,13 @@ def fit(loads: Sequence[PassLoad]) -> CostModel:
 
 
 def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
-    """Measured steps, with the time that a lever saved in them put back.
+    """Measured steps, with the time that a lever saved in them put back and its own taken out.
 
     So a lever that works does not make its own reason disappear. Passes whose step time is not
     finite, 0 or an outlier for its tokens are left out. Runs on the host. Ours.
     """
-    ms_P = np.array([load.record.step_ms for load in loads], dtype=np.float64)
+    own_P = np.array([load.record.balance_ms for load in loads], dtype=np.float64)
+    ms_P = np.array([load.record.step_ms for load in loads], dtype=np.float64) - own_P
     timed_P = usable_times(ms_P, np.array([load.num_tokens for load in loads], dtype=np.int64))
     before_P = np.array([load.slowest_rows for load in loads], dtype=np.int64)
     run_P = np.array([load.slowest_rows_run for load in loads], dtype=np.int64)

@@ -23,6 +23,7 @@ import numpy as np
 
 from sglang_moelb.controller.cost import CostModel, StepTimes
 from sglang_moelb.controller.load import PassLoad, balance_of
+from sglang_moelb.controller.own_time import OwnTime
 from sglang_moelb.controller.plan import (
     AMOUNT_ONE,
     capacity_rows,
@@ -90,18 +91,22 @@ def forecast(
     cost: CostModel,
     times: StepTimes,
     loss: LossModel,
+    own: OwnTime,
     capacity: Policy,
 ) -> tuple[LeverForecast, ...]:
     """Forecasts of all levers over the window; `projections` are those of `loads`, in order.
 
-    The gain is the time saved in the experts of the slowest rank, as a share of the timed steps
-    without a lever; it is negative where expansion would add more than it spares. The lost mass
+    The gain is the time saved in the experts of the slowest rank less what the lever itself takes,
+    as a share of the timed steps without a lever; it is negative where expansion would add more
+    than it spares, and where passes are so short that the lever takes more. The lost mass
     share is the dropped share times the mass of a dropped row. Runs on the host. Ours.
     """
     if not loads:
         return ()
     by_lever = list(zip(*projections, strict=True))
-    return tuple(_forecast_one(loads, list(ps), cost, times, loss, capacity) for ps in by_lever)
+    return tuple(
+        _forecast_one(loads, list(ps), cost, times, loss, own, capacity) for ps in by_lever
+    )
 
 
 def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, ...]:
@@ -129,19 +134,22 @@ def _forecast_one(
     cost: CostModel,
     times: StepTimes,
     loss: LossModel,
+    own: OwnTime,
     capacity: Policy,
 ) -> LeverForecast:
     lever = projections[0].lever
+    timed_P = times.timed_P.tolist()
     spared_rows = sum(
         load.slowest_rows - projection.slowest_rows
-        for load, projection, timed in zip(loads, projections, times.timed_P.tolist(), strict=True)
+        for load, projection, timed in zip(loads, projections, timed_P, strict=True)
         if timed
     )
+    saved_ms = cost.ms_per_row * spared_rows - own.extra_ms(lever) * sum(timed_P)
     dropped_share = math.fsum([p.dropped_share for p in projections]) / len(projections)
     return LeverForecast(
         lever=lever,
         balance=math.fsum([p.balance for p in projections]) / len(projections),
-        gain=cost.ms_per_row * spared_rows / times.base_ms if times.base_ms > 0.0 else 0.0,
+        gain=saved_ms / times.base_ms if times.base_ms > 0.0 else 0.0,
         lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric),
     )
 

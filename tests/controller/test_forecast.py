@@ -10,6 +10,7 @@ import pytest
 
 from sglang_moelb.controller import cost, load
 from sglang_moelb.controller.forecast import Projection, forecast, project
+from sglang_moelb.controller.own_time import OwnTime
 from sglang_moelb.controller.quality import LossModel
 from sglang_moelb.types import (
     Level,
@@ -24,6 +25,7 @@ from sglang_moelb.types import (
 
 from .world import BALANCED, FIXED_MS, MS_PER_ROW, SKEWED, TOPOLOGY, record
 
+NOTHING_KNOWN = OwnTime()
 ONE_EXPERT = (8000, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -33,7 +35,9 @@ def projected(one: StepRecord, **knobs: Any) -> dict[Lever, Projection]:
     return {p.lever: p for p in projections}
 
 
-def forecasts(passes: list[StepRecord], capacity: Policy) -> dict[Lever, LeverForecast]:
+def forecasts(
+    passes: list[StepRecord], capacity: Policy, own: OwnTime = NOTHING_KNOWN
+) -> dict[Lever, LeverForecast]:
     loads = [load.load_of(one, TOPOLOGY) for one in passes]
     model = cost.CostModel(fixed_ms=FIXED_MS, ms_per_row=MS_PER_ROW)
     made = forecast(
@@ -42,9 +46,15 @@ def forecasts(passes: list[StepRecord], capacity: Policy) -> dict[Lever, LeverFo
         cost=model,
         times=cost.step_times(loads, model),
         loss=LossModel(),
+        own=own,
         capacity=capacity,
     )
     return {f.lever: f for f in made}
+
+
+def bare_ms(one: StepRecord) -> float:
+    """The step without our own time."""
+    return one.step_ms - one.balance_ms
 
 
 def test_drop_at_expert_level_keeps_what_fits_each_expert() -> None:
@@ -100,16 +110,16 @@ def test_expansion_of_a_balanced_load_costs_time() -> None:
     both = forecasts([record(BALANCED)] * 3, Policy(epoch=0, capacity_factor=1.25))
     assert both[Lever.DROP].gain == 0.0
     assert both[Lever.EXPAND].gain == pytest.approx(
-        -2 * 500 * MS_PER_ROW / record(BALANCED).step_ms
+        -2 * 500 * MS_PER_ROW / bare_ms(record(BALANCED))
     )
 
 
 def test_the_gain_is_the_share_of_the_step_that_the_slowest_rank_is_spared() -> None:
     one = record(SKEWED)
     gain = forecasts([one] * 2, Policy(epoch=0, capacity_factor=1.25))[Lever.DROP].gain
-    assert gain == pytest.approx(2 * (4800 - 2500) * MS_PER_ROW / one.step_ms)
+    assert gain == pytest.approx(2 * (4800 - 2500) * MS_PER_ROW / bare_ms(one))
     dropped = record(SKEWED, policy=Policy(epoch=0, lever=Lever.DROP, capacity_factor=1.25))
-    assert 1 - dropped.step_ms / one.step_ms == pytest.approx(gain)
+    assert 1 - bare_ms(dropped) / bare_ms(one) == pytest.approx(gain)
 
 
 def test_lost_mass_is_half_for_the_lowest_scores_whole_for_blind_cuts_and_less_with_expansion() -> (
@@ -170,3 +180,14 @@ def test_no_rows_and_no_passes_forecast_nothing() -> None:
         assert projection.dropped_share == 0.0, lever
         assert projection.max_rows_L.tolist() == [0, 0]
     assert forecasts([], Policy(epoch=0)) == {}
+
+
+def test_what_a_lever_takes_itself_is_taken_from_its_gain() -> None:
+    policy = Policy(epoch=0, capacity_factor=1.25)
+    passes = [record(SKEWED)] * 3
+    free = forecasts(passes, policy)
+    own = OwnTime(ms=(1.0, 0.0, 3.0))
+    paid = forecasts(passes, policy, own)
+    assert paid[Lever.EXPAND] == free[Lever.EXPAND]
+    expected = free[Lever.DROP].gain - 2.0 / bare_ms(passes[0])
+    assert paid[Lever.DROP].gain == pytest.approx(expected)

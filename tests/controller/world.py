@@ -28,7 +28,7 @@ from sglang_moelb.types import (
 )
 
 TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=4, topk=2)
-FIXED_MS, MS_PER_ROW, REST_MS = 0.5, 0.001, 10.0
+FIXED_MS, MS_PER_ROW, REST_MS, OWN_MS = 0.5, 0.001, 10.0, 0.01
 DROPPED_MASS = 0.2
 
 BALANCED = (1000,) * 8
@@ -90,8 +90,8 @@ def record(
         num_added_rows=0,
         experts_ms_L=experts_L,
         layer_ms_L=experts_L + 1.0,
-        balance_ms=0.01 * topology.num_layers,
-        step_ms=REST_MS + topology.num_layers * slowest_ms,
+        balance_ms=OWN_MS * topology.num_layers,
+        step_ms=REST_MS + topology.num_layers * (slowest_ms + OWN_MS),
     )
 
 

@@ -1,0 +1,64 @@
+"""Laws of what the controller learns of the levers' own time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sglang_moelb.config import Config
+from sglang_moelb.controller.controller import Controller
+from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.types import Lever, Observation, Policy, StepRecord
+
+from .world import SKEWED, TOPOLOGY, config, record
+
+
+def under(lever: Lever, own_ms: float) -> StepRecord:
+    return replace(record(SKEWED, policy=Policy(epoch=1, lever=lever)), balance_ms=own_ms)
+
+
+def learned(*records: StepRecord) -> OwnTime:
+    own = OwnTime()
+    for one in records:
+        own = own.updated(one)
+    return own
+
+
+def test_a_lever_takes_what_its_passes_take_beyond_those_without_one() -> None:
+    own = learned(under(Lever.NONE, 0.5), under(Lever.DROP, 3.5))
+    assert own.extra_ms(Lever.DROP) == pytest.approx(3.0)
+    assert own.extra_ms(Lever.EXPAND) == 0.0
+    assert learned(under(Lever.NONE, 5.0), under(Lever.DROP, 3.5)).extra_ms(Lever.DROP) == 0.0
+
+
+@pytest.mark.parametrize("odd_ms", [0.0, -1.0, np.nan, np.inf])
+def test_a_time_that_cannot_be_is_ignored(odd_ms: float) -> None:
+    own = learned(under(Lever.DROP, 3.5))
+    assert own.updated(under(Lever.DROP, odd_ms)) == own
+
+
+def test_what_is_not_in_use_fades_so_that_it_is_tried_again() -> None:
+    own = learned(under(Lever.NONE, 0.5), under(Lever.DROP, 3.5), *[under(Lever.NONE, 0.5)] * 300)
+    assert own.extra_ms(Lever.DROP) == 0.0
+    assert own.ms[Lever.NONE] == pytest.approx(0.5)
+
+
+def served(settings: Config, own_ms: float) -> list[Lever]:
+    """Levers of 60 equal passes in which each lever takes `own_ms`."""
+    controller = Controller(settings, TOPOLOGY)
+    levers = []
+    for step in range(60):
+        one = record(SKEWED, policy=controller.policy, step=step)
+        if controller.policy.lever is not Lever.NONE:
+            one = replace(one, balance_ms=one.balance_ms + own_ms, step_ms=one.step_ms + own_ms)
+        levers.append(controller.step(Observation(record=one, now_s=0.1 * step)).policy.lever)
+    return levers
+
+
+def test_a_lever_that_takes_more_than_it_saves_is_given_up() -> None:
+    cheap, dear = served(config(), 0.0), served(config(), 1000.0)
+    assert cheap[-1] is not Lever.NONE
+    assert set(dear) - {Lever.NONE}, "it has to be tried to be known"
+    assert dear[30:].count(Lever.NONE) > 20
