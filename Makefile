@@ -1,5 +1,6 @@
 # make demo: compare stock and balanced SGLang on this machine, no GPU needed.
 # make test: everything CI runs. make check: the part without servers, for while you work.
+# make test-all: the whole suite and the demo in both forms of the seams, half an hour.
 BIN := .venv/bin
 
 .PHONY: demo test test-all check bench install lean clean
@@ -8,11 +9,10 @@ demo: lean
 	$(BIN)/python -m sglang_moelb.demo
 
 test: install
-	bash scripts/test.sh all
+	bash scripts/test.sh ci
 
-# make test and the tests that start a server of their own.
 test-all: install
-	MARKS="slow or not slow" bash scripts/test.sh all
+	bash scripts/test.sh all
 
 check: install
 	bash scripts/test.sh check

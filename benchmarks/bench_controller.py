@@ -134,7 +134,8 @@ def measure(
         log = world.log(step, controller.policy)
         num_acted += step >= WARM_UP and log.lever != 0
         counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
-        copy = records.close(log, counts_LRW, HOST)
+        stats_R8 = torch.stack([log.outcomes_L[0].stats_8] * topology.num_ranks)
+        copy = records.close(log, counts_LRW, stats_R8, HOST)
         copy.ended.s = 2.0 * sum(
             marks["dispatch"].ms_until(marks["combined"]) / 1e3 for marks in log.marks_L
         )

@@ -28,7 +28,8 @@ find_python() {
 
 # Run pip with the given arguments; show its main lines, keep all of them in the log.
 pip_install() {
-    if ! "$venv/bin/python" -m pip install --progress-bar off --disable-pip-version-check "$@" 2>&1 |
+    if ! "$venv/bin/python" -m pip install --no-compile --progress-bar off \
+        --disable-pip-version-check "$@" 2>&1 |
         tee -a "$log" | { grep -E --line-buffered '^(Collecting|  Downloading|Installing)' || true; } |
         cut -c 1-100; then
         echo "pip failed; the last lines of $log:" >&2
@@ -52,12 +53,18 @@ say "making $venv with $("$python" --version), then installing about 2 GB; log: 
 "$python" -m venv "$venv"
 rm -f "$stamp"
 : >"$log"
-say "1 of 3: torch and the pure packages (requirements/cpu.txt)"
+say "1 of 4: torch and the pure packages (requirements/cpu.txt)"
 pip_install -r "$root/requirements/cpu.txt"
-say "2 of 3: SGLang without its GPU packages (requirements/cpu-nodeps.txt)"
+say "2 of 4: SGLang without its GPU packages (requirements/cpu-nodeps.txt)"
 pip_install --no-deps -r "$root/requirements/cpu-nodeps.txt"
-say "3 of 3: this package"
+say "3 of 4: this package"
 pip_install --no-deps --no-build-isolation -e "$root"
+say "4 of 4: bytecode, on all cores, which pip would write on one"
+# Left to the first import: what is imported seldom. Some packages carry files that no Python 3 can
+# compile; pip passes over them too.
+"$venv/bin/python" -m compileall -qq -j 0 \
+    -x '/tests?/|/torch/testing/|/transformers/models/|/sglang/multimodal_gen/' \
+    "$venv/lib" >>"$log" || true
 say "$("$venv/bin/python" -c '
 import torch
 build = f"built for CUDA {torch.version.cuda}, used on the CPU" if torch.version.cuda else "CPU build"

@@ -180,6 +180,9 @@ def knobs() -> list[str]:
     return list(flat(Config()))
 
 
+KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
+
+
 def to_numbers(config: Config) -> dict[str, int | float]:
     """`config` as the numbers that SGLang's state update can carry; words become indices."""
     return {k: CHOICES[k].index(v) if k in CHOICES else v for k, v in flat(config).items()}

@@ -1,6 +1,8 @@
-"""Entry points of the group `sglang.srt.plugins`."""
+"""Entry points of the groups `sglang.srt.plugins` and `sglang.serve_backends`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from sglang_moelb import config
 
@@ -10,6 +12,13 @@ def register() -> None:
     from sglang_moelb.ep import install
 
     install.install()
+
+
+def serve_backend() -> Any:
+    """The backend `moelb` of `sglang serve`: SGLang's own server, with our flags in its help."""
+    from sglang_moelb.ep import flags
+
+    return flags.serve_backend()
 
 
 def register_standin() -> None:

@@ -143,7 +143,7 @@ class StepRecord:
     `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts receive
     after it (exact under the plain rule, an estimate under MACS), the rows before where none acted.
     Gate mass is the sum of routing weights; masses and numbers of dropped and added rows are of
-    this rank's tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
+    all ranks' tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
     are not to be written.
     """
 

@@ -50,7 +50,7 @@ def ab(
         typer.Option(help="NAME=URL: an arm that is a running server; repeat it."),
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="`demo` (real images and texts) or a JSONL file.")
+        str, typer.Option(help="`demo` (real images and texts) or a JSONL file, with answers too.")
     ] = DEMO,
     num_requests: Annotated[
         int | None,
@@ -183,7 +183,7 @@ def execute(plan: Plan, console: Console) -> bool:
     plan.out.mkdir(parents=True, exist_ok=True)
     with RichProgress(plan, console) as progress:
         runs = run_plan(plan, progress)
-    result = compare_runs(runs, conditions(plan, load_before))
+    result = compare_runs(runs, plan.requests, conditions(plan, load_before))
     page = write_report(plan.out, runs, result)
     console.print(summary(result))
     console.print(f"Report: {page.resolve()}", soft_wrap=True, highlight=False)

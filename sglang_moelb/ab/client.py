@@ -45,6 +45,7 @@ class _Stream:
     num_output_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
+    text: str = ""
     entries: dict[int, tuple[str, float]] = field(default_factory=dict)
 
     def take(self, chunk: dict[str, Any], now_s: float) -> None:
@@ -60,6 +61,7 @@ class _Stream:
         for choice in chunk.get("choices", ()):
             self.first_s = self.first_s or now_s
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            self.text += (choice.get("delta") or {}).get("content") or ""
             content = (choice.get("logprobs") or {}).get("content") or ()
             # The running usage says where these tokens stand, also after tokens without text.
             end = usage.get("completion_tokens") or len(self.entries) + len(content)
@@ -86,6 +88,7 @@ class _Stream:
                 self.entries[i][1] if i in self.entries else None for i in range(length)
             ),
             finish_reason=self.finish_reason,
+            text=self.text,
         )
 
 

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from sglang_moelb.ab.agreement import agreement, repeatability
 from sglang_moelb.ab.measure import differences, failures, served
 from sglang_moelb.ab.passes import measure_passes
+from sglang_moelb.ab.quality import accuracy, compare_accuracy, grade
 from sglang_moelb.ab.result import SCHEMA, ArmResult, Conditions, Result
-from sglang_moelb.ab.types import ArmRun
+from sglang_moelb.ab.types import ArmRun, Request
 
 
-def compare_runs(runs: Sequence[ArmRun], conditions: Conditions) -> Result:
-    """Every measure of every arm, and the differences to the first."""
+def compare_runs(
+    runs: Sequence[ArmRun], requests: Sequence[Request], conditions: Conditions
+) -> Result:
+    """Every measure of every arm over `requests`, and the differences to the first."""
     first = runs[0]
-    arms = [_arm(first, run) for run in runs]
+    arms = [_arm(first, run, requests) for run in runs]
     return Result(
         schema=SCHEMA,
         conditions=conditions,
@@ -28,7 +31,9 @@ def compare_runs(runs: Sequence[ArmRun], conditions: Conditions) -> Result:
     )
 
 
-def _arm(first: ArmRun, run: ArmRun) -> ArmResult:
+def _arm(first: ArmRun, run: ArmRun, requests: Sequence[Request]) -> ArmResult:
+    graded = grade(requests, run.outcomes)
+    is_other = run.arm.name != first.arm.name
     return ArmResult(
         name=run.arm.name,
         flags=list(run.arm.flags),
@@ -40,6 +45,10 @@ def _arm(first: ArmRun, run: ArmRun) -> ArmResult:
         served=served(run),
         failures=failures(run.outcomes),
         agreement=agreement(first.outcomes, run.outcomes),
+        accuracy=accuracy(graded),
+        paired_accuracy=(
+            compare_accuracy(grade(requests, first.outcomes), graded) if is_other else []
+        ),
         passes=measure_passes(run),
         status_error="; ".join(s.status_error for s in run.sessions if s.status_error),
     )

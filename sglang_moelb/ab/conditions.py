@@ -29,6 +29,7 @@ def conditions(plan: Plan, load_before: float | None) -> Conditions:
         num_requests=len(plan.requests),
         num_image_requests=sum(request.kind == "image" for request in plan.requests),
         num_images=sum(request.num_images for request in plan.requests),
+        num_answers=sum(request.answer is not None for request in plan.requests),
         rounds=plan.rounds,
         concurrency=plan.concurrency,
         max_tokens=plan.max_tokens,

@@ -68,7 +68,8 @@ async def _guarded(
     death: Callable[[], str],
 ) -> str:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection that is used twice may be closed by the server just then, when idle for long.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
         timeout=timeout, connector=connector, read_bufsize=2**20
     ) as http:

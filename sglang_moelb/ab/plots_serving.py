@@ -1,4 +1,4 @@
-"""The plots that compare arms: latency distributions and throughput.
+"""The plots that compare arms: latency, throughput, distance of answers and right answers.
 
 Each function takes an empty figure and fills it.
 """
@@ -11,8 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sglang_moelb.ab.agreement import compare
+from sglang_moelb.ab.result import Result
 from sglang_moelb.ab.theme import SERIES
 from sglang_moelb.ab.types import ArmRun
+from sglang_moelb.ab.wording import accuracy_of
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -84,5 +86,27 @@ def distances(figure: Figure, base: ArmRun, others: Sequence[ArmRun]) -> None:
     axes.legend(loc="lower right")
 
 
-def _cycle(values: Sequence[str], runs: Sequence[ArmRun]) -> list[str]:
+def accuracy_by_name(figure: Figure, result: Result, names: Sequence[str]) -> None:
+    """Share of right answers with its interval: a row a name, in it a mark an arm."""
+    axes = figure.add_subplot()
+    arms = result.arms
+    marks = zip(arms, _cycle(SERIES, arms), _cycle(MARKERS, arms), strict=True)
+    for i, (arm, colour, marker) in enumerate(marks):
+        offset = ((i + 0.5) / len(arms) - 0.5) * 0.6
+        for at, name in enumerate(names):
+            row = accuracy_of(result, arm.name, name)
+            if row is not None:
+                low, high = (bound * 100 for bound in row.accuracy.interval)
+                axes.hlines(at + offset, low, high, color=colour, lw=1.5)
+                axes.plot(row.accuracy.value * 100, at + offset, marker, color=colour, ms=5.5)
+        axes.plot([], [], marker, color=colour, label=arm.name)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(right=101)
+    axes.set_xlabel("right answers, %")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=4)
+
+
+def _cycle(values: Sequence[str], runs: Sequence[object]) -> list[str]:
     return [values[i % len(values)] for i in range(len(runs))]

@@ -79,6 +79,14 @@ def _plots(runs: Sequence[ArmRun], result: Result) -> Iterator[Plot]:
             3.2,
             partial(plots_serving.distances, base=runs[0], others=runs[1:]),
         )
+    names = wording.counted_names(result)
+    if names:
+        yield _plot(
+            "accuracy",
+            "Share of right answers with its 95 % interval, in all and by group.",
+            1.3 + 0.09 * len(names) * (1 + len(runs)),
+            partial(plots_serving.accuracy_by_name, result=result, names=names),
+        )
     for run, arm in zip(runs, result.arms, strict=True):
         if arm.passes is not None and arm.passes.num_seen:
             yield from _pass_plots(run, arm.passes.quality_budget, result)

@@ -67,6 +67,43 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     logprob_coverage: float  # share of common tokens for which both log-probabilities are known
 
 
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A number and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """Share of right answers of an arm: of `all`, `image`, `text` or a group of the workload.
+
+    The interval is Wilson's for `num_requests`: several rounds of a request are one item.
+    """
+
+    name: str
+    num_requests: int
+    num_answers: int
+    num_right: int
+    accuracy: Estimate
+
+
+class PairedAccuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """Right answers of an arm against the first arm's, request by request, same rounds.
+
+    `num_lost` requests are right less often than in the first arm, `num_won` more often.
+    `p_value` is McNemar's exact test. `smallest_difference` is what this number of requests
+    shows in 80 % of cases, given how often the arms differ.
+    """
+
+    name: str
+    num_requests: int
+    num_lost: int
+    num_won: int
+    difference: Estimate
+    p_value: float
+    smallest_difference: float
+
+
 class LayerBalance(msgspec.Struct, frozen=True, kw_only=True):
     """Max/mean rows over ranks of one MoE layer, over prefill passes; 1.0 is perfect."""
 
@@ -141,6 +178,8 @@ class ArmResult(msgspec.Struct, frozen=True, kw_only=True):
     served: list[Served]
     failures: dict[str, int]
     agreement: list[Agreement]
+    accuracy: list[Accuracy]  # empty where no request has an answer
+    paired_accuracy: list[PairedAccuracy]  # empty for the first arm
     passes: Passes | None
     status_error: str
 
@@ -165,6 +204,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int
     num_image_requests: int
     num_images: int
+    num_answers: int  # requests whose right answer is known
     rounds: int
     concurrency: int
     max_tokens: int

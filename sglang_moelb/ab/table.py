@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sglang_moelb.ab.result import Agreement, ArmResult, Passes, Result
+from sglang_moelb.ab.result import Agreement, ArmResult, PairedAccuracy, Passes, Result
 from sglang_moelb.ab.wording import (
     DASH,
     MEASURES,
+    accuracy_of,
     change_of,
+    counted_names,
     difference_of,
     distance_of,
     equal_of,
+    paired_of,
     percent,
+    points_of,
     range_of,
+    share_of,
     value_of,
 )
 
@@ -27,11 +34,19 @@ SHOWN = (
     "ttft_ms p95",
     "latency_ms p50",
 )
+PAIRED: tuple[tuple[str, Callable[[PairedAccuracy], str]], ...] = (
+    ("  difference, points", lambda p: points_of(p.difference)),
+    ("  requests lost, won", lambda p: f"{p.num_lost}, {p.num_won} of {p.num_requests}"),
+    ("  exact McNemar p", lambda p: f"{p.p_value:.3g}"),
+    ("  difference that would show, points", lambda p: f"{p.smallest_difference * 100:.2f}"),
+)
 
 
 def summary(result: Result) -> RenderableType:
     """The tables of the comparison, and what failed."""
     parts: list[RenderableType] = [_serving(result), _agreement(result)]
+    if any(arm.accuracy for arm in result.arms):
+        parts.append(_quality(result))
     if any(arm.passes for arm in result.arms):
         parts.append(_balancing(result))
     parts += [Text(f"{arm.name}: {arm.failure}", style="red") for arm in result.arms if arm.failure]
@@ -79,6 +94,27 @@ def _agreement(result: Result) -> Table:
             *(distance_of(row.distance_all) if row else DASH for row in found),
         )
     return table
+
+
+def _quality(result: Result) -> Table:
+    table = _table(result, "Right answers, 95 % intervals; ± points against the first arm")
+    names = [arm.name for arm in result.arms]
+    pairs = [paired_of(result, arm, "all") for arm in names]
+    for name in counted_names(result):
+        table.add_row(name, *(_accuracy(result, arm, name) for arm in names))
+        if name == "all":
+            for label, show in PAIRED:
+                table.add_row(label, *(show(pair) if pair else DASH for pair in pairs))
+            table.add_section()
+    return table
+
+
+def _accuracy(result: Result, arm: str, name: str) -> str:
+    row, pair = accuracy_of(result, arm, name), paired_of(result, arm, name)
+    if row is None:
+        return DASH
+    change = f"  {pair.difference.value * 100:+.1f}" if pair else ""
+    return f"{share_of(row.accuracy)}{change}"
 
 
 def _balancing(result: Result) -> Table:

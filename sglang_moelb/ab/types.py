@@ -33,13 +33,18 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One chat request. `messages` is the OpenAI list; images are data URIs in it."""
+    """One chat request. `messages` is the OpenAI list; images are data URIs in it.
+
+    `answer` is the right answer where there is one, `group` what it is counted under.
+    """
 
     request_id: int
     messages: tuple[Message, ...]
     num_images: int
     num_chars: int
     num_pixels: int = 0
+    answer: str | None = None
+    group: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -51,8 +56,8 @@ class Request:
 class Outcome:
     """What came back for one request, or `error`. Times on the client's monotonic clock.
 
-    `token_ids` are exact where the server sends them (SGLang does), else empty. `logprobs[i]`
-    belongs to token i and is None where the stream did not carry it.
+    `text` is what a user reads. `token_ids` are exact where the server sends them (SGLang does),
+    else empty. `logprobs[i]` belongs to token i and is None where the stream did not carry it.
     """
 
     request_id: int
@@ -67,6 +72,7 @@ class Outcome:
     token_texts: tuple[str | None, ...] = ()
     logprobs: tuple[float | None, ...] = ()
     finish_reason: str = ""
+    text: str = ""
     error: str = ""
 
     @property

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from sglang_moelb.ab.result import Agreement, Difference, Distance, Latency, Result, Spread
+from sglang_moelb.ab.result import (
+    Accuracy,
+    Agreement,
+    Difference,
+    Distance,
+    Estimate,
+    Latency,
+    PairedAccuracy,
+    Result,
+    Spread,
+)
 
 DASH = "-"
 
@@ -81,3 +91,32 @@ def distance_of(distance: Distance | None) -> str:
     if distance is None:
         return DASH
     return f"{number(distance.mean)} / {number(distance.max)}"
+
+
+def accuracy_of(result: Result, arm: str, name: str) -> Accuracy | None:
+    """The arm's right answers to the requests counted under `name`; None if there are none."""
+    rows = next(a for a in result.arms if a.name == arm).accuracy
+    return next((row for row in rows if row.name == name), None)
+
+
+def paired_of(result: Result, arm: str, name: str) -> PairedAccuracy | None:
+    """The same against the first arm; None for the first arm itself."""
+    rows = next(a for a in result.arms if a.name == arm).paired_accuracy
+    return next((row for row in rows if row.name == name), None)
+
+
+def counted_names(result: Result) -> list[str]:
+    """What right answers are counted under, in the order of the first arm that has each."""
+    return list(dict.fromkeys(row.name for arm in result.arms for row in arm.accuracy))
+
+
+def share_of(estimate: Estimate) -> str:
+    """A share with its interval, in per cent. Example: 98.4 % (95.2…99.5)."""
+    low, high = estimate.interval
+    return f"{estimate.value * 100:.1f} % ({low * 100:.1f}…{high * 100:.1f})"
+
+
+def points_of(estimate: Estimate) -> str:
+    """A difference of shares with its interval, in points. Example: -0.50 (-1.90…+0.90)."""
+    low, high = estimate.interval
+    return f"{estimate.value * 100:+.2f} ({low * 100:+.2f}…{high * 100:+.2f})"

@@ -9,6 +9,9 @@ Each line is one OpenAI messages list, or an object with it under `messages`:
 
 (one line each in the file). An image is a path relative to the file, a `data:` URI, or an http(s)
 address that the server fetches itself. Blank lines are skipped.
+
+An object may also carry `"answer"`, the right answer as text, and `"group"`, a name under which it
+is counted: the report then has the accuracy of every arm, in all and by group.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import msgspec
 
 from sglang_moelb.ab.images import check_image, file_uri
+from sglang_moelb.ab.measure import KINDS
 from sglang_moelb.ab.types import AbError, Message, Request
 
 ROLES = ("system", "user", "assistant")
@@ -66,10 +70,12 @@ def _parse(request_id: int, line: str, path: Path, number: int) -> Request:
         tree = msgspec.json.decode(line)
     except msgspec.DecodeError as error:
         raise AbError(f"{where}: not valid JSON ({error}). Each line is one JSON value.") from error
-    messages = tree.get("messages") if isinstance(tree, dict) else tree
+    fields = tree if isinstance(tree, dict) else {"messages": tree}
+    messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise AbError(f'{where}: must be a messages list, or an object with "messages".')
     parsed = [_message(message, path.parent, where) for message in messages]
+    answer, group = _answer(fields, where)
     counts = sum((count for _, count in parsed), _Counts())
     if not counts.num_chars and not counts.num_images:
         raise AbError(f"{where}: the prompt is empty. Give some text or an image.")
@@ -79,7 +85,22 @@ def _parse(request_id: int, line: str, path: Path, number: int) -> Request:
         num_images=counts.num_images,
         num_chars=counts.num_chars,
         num_pixels=counts.num_pixels,
+        answer=answer,
+        group=group,
     )
+
+
+def _answer(fields: dict[str, Any], where: str) -> tuple[str | None, str]:
+    answer, group = fields.get("answer"), fields.get("group", "")
+    if answer is not None and not (isinstance(answer, str) and answer.strip()):
+        raise AbError(f'{where}: "answer" must be text that is not empty, found {answer!r}.')
+    if not isinstance(group, str) or group in KINDS:
+        raise AbError(
+            f'{where}: "group" must be a name other than {", ".join(KINDS)}, found {group!r}.'
+        )
+    if group and answer is None:
+        raise AbError(f'{where}: has a "group" and no "answer". Give the answer, or no group.')
+    return answer, group
 
 
 def _message(message: Any, folder: Path, where: str) -> tuple[Message, _Counts]:

@@ -10,7 +10,7 @@ the plain rule and protected tokens spread evenly over experts; otherwise estima
 - expand fills what room is left with rows of the rank's own tokens, see `_filled`.
 
 Shape letters: L MoE layers, E logical experts, R ranks, G groups, M modalities (text, vision),
-V levers.
+V levers, P passes.
 """
 
 from __future__ import annotations

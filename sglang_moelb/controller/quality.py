@@ -1,8 +1,7 @@
 """Gate mass: how much was lost of late, and how much a dropped row takes with it.
 
 Passes are prefill passes of any size: nothing is ever dropped in decode, and its many passes
-would flush the window within seconds. A record counts its own rank's tokens; a mass that is not
-finite is ignored.
+would flush the window within seconds. A mass that is not finite is ignored.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ FORGETTING = 0.98
 
 
 class QualityWindow:
-    """Gate mass routed and lost in the last `num_passes` prefill passes of this rank."""
+    """Gate mass routed and lost in the last `num_passes` prefill passes."""
 
     def __init__(self, num_passes: int) -> None:
         self._routed: deque[float] = deque(maxlen=num_passes)
         self._lost: deque[float] = deque(maxlen=num_passes)
 
     def add(self, record: StepRecord) -> None:
-        """Count the pass if it is a prefill pass with tokens on this rank."""
+        """Count the pass if it is a prefill pass with tokens."""
         known = math.isfinite(record.routed_mass) and math.isfinite(record.lost_mass)
         if record.phase == "prefill" and known and record.routed_mass > 0.0:
             self._routed.append(record.routed_mass)
@@ -72,13 +71,12 @@ class LossModel:
     def updated(self, record: StepRecord, topology: Topology) -> LossModel:
         """The model after one more pass; itself where no lever dropped a row.
 
-        `num_dropped_rows` and the masses of a record are of its rank's tokens, of which each has
-        top-k rows in every layer.
+        Every token of a record has top-k rows in every layer.
         """
         lever = record.used_lever
         if lever == Lever.NONE or record.num_dropped_rows <= 0:
             return self
-        num_rows = int(record.num_tokens_R[record.rank]) * topology.topk * topology.num_layers
+        num_rows = int(record.num_tokens_R.sum()) * topology.topk * topology.num_layers
         known = math.isfinite(record.routed_mass) and math.isfinite(record.lost_mass)
         if not known or record.routed_mass <= 0.0 or num_rows == 0:
             return self

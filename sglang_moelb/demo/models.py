@@ -1,9 +1,10 @@
 """Tiny mixture-of-experts checkpoints with tokenizer and processor, made from a seed.
 
-Three kinds: "text" (Qwen3-MoE), "vl" (Qwen3-VL-MoE with three deepstack layers) and "deepseek"
-(DeepSeek-V2: latent attention, a dense first layer, a shared expert). They mean nothing, but
-their greedy output is varied and printable, and their routers are skewed so that a balancer has
-work to do: see `weights`.
+Kinds: "text" (Qwen3-MoE), "vl" (Qwen3-VL-MoE with three deepstack layers), "deepseek"
+(DeepSeek-V2), "deepseek3" (DeepSeek-V3) and "kimi" (Kimi-VL: MoonViT before a DeepSeek-V3; its
+folder brings a processor, so it needs `--trust-remote-code`). They mean nothing, but their greedy
+output is varied and printable, and their routers are skewed so that a balancer has work to do: see
+`weights`.
 
 Runs on the host and needs transformers; a few seconds a model.
 """
@@ -20,8 +21,6 @@ from typing import Any, Literal, get_args
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
@@ -30,9 +29,11 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from sglang_moelb.demo import deepseek, kimi
+from sglang_moelb.demo.kimi_processor import IMAGE_TOKEN
 from sglang_moelb.demo.weights import HIDDEN_SIZE, draw_weights, transpose_fused_experts
 
-Kind = Literal["text", "vl", "deepseek"]
+Kind = Literal["text", "vl", "deepseek", "deepseek3", "kimi"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 VERSION = 1  # raise it with any change of what is written
 MARKER = "moelb_model.json"
@@ -117,26 +118,31 @@ def write_model(
     return folder
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and Qwen's special tokens; with the chat template of the models."""
+def make_tokenizer(image_token: str = "<|image_pad|>") -> PreTrainedTokenizerFast:
+    """One token per byte, and Qwen's special tokens; with the chat template of the models.
+
+    `image_token` is what stands for an image, in Qwen's place for it.
+    """
+    special = [image_token if token == "<|image_pad|>" else token for token in SPECIAL_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: index for index, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(special)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[3:]),
+        additional_special_tokens=special[3:],
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE.replace("<|image_pad|>", image_token)
     return fast
 
 
 def _write(recipe: _Recipe, folder: Path, dtype: torch.dtype) -> None:
-    tokenizer = make_tokenizer()
+    is_kimi = recipe.kind == "kimi"
+    tokenizer = make_tokenizer(IMAGE_TOKEN) if is_kimi else make_tokenizer()
     model = _MAKERS[recipe.kind](recipe, tokenizer)
     generator = torch.Generator().manual_seed(recipe.seed)
     draw_weights(model, tokenizer, generator)
@@ -147,6 +153,8 @@ def _write(recipe: _Recipe, folder: Path, dtype: torch.dtype) -> None:
     if recipe.kind == "vl":
         transpose_fused_experts(folder)
         _make_processor(tokenizer).save_pretrained(folder)
+    if is_kimi:
+        kimi.wrap_as_kimi(folder, recipe.seed, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def _make_text(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -187,41 +195,25 @@ def _make_vl(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
 
 
 def _make_deepseek(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    # As released: on a CPU SGLang knows no other rotary embedding for this model.
-    rope = {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": CONTEXT_LENGTH // 4,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    }
-    config = DeepseekV2Config(
-        **_common_sizes(recipe, tokenizer),
-        rope_parameters=rope,
-        num_key_value_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=recipe.num_experts,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        moe_layer_freq=1,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-        scoring_func="softmax",
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-    )
-    return DeepseekV2ForCausalLM(config)
+    return deepseek.make_v2(recipe.num_experts, _common_sizes(recipe, tokenizer))
 
 
-_MAKERS = {"text": _make_text, "vl": _make_vl, "deepseek": _make_deepseek}
+def _make_deepseek3(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return deepseek.make_v3(recipe.num_experts, _common_sizes(recipe, tokenizer))
+
+
+def _make_kimi_text(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    sizes = _common_sizes(recipe, tokenizer)
+    return deepseek.make_v3(recipe.num_experts, sizes, deepseek.KIMI_ROUTING)
+
+
+_MAKERS = {
+    "text": _make_text,
+    "vl": _make_vl,
+    "deepseek": _make_deepseek,
+    "deepseek3": _make_deepseek3,
+    "kimi": _make_kimi_text,
+}
 
 
 def _common_sizes(recipe: _Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:

@@ -34,13 +34,19 @@ TEXT_LEAN = 0.1  # how far token embeddings lie against it
 GATE_LEAN = 0.15  # how far gate rows of layer 0 lean, in the unit of WEIGHT_STD
 DEPTH_LEAN = 0.5  # how much further in each layer, relative to layer 0
 FAVOURED_SHARE = 0.75  # of the experts of the favoured half lean towards it
+CORRECTION_STD = 0.05  # of DeepSeek-V3's bias on the choice of experts, whose scores are sigmoids
+
+
+def image_direction(generator: torch.Generator) -> torch.Tensor:
+    """float32 [H] of -1 and 1: what says "image"; the first draw of a seed."""
+    return torch.randn(HIDDEN_SIZE, generator=generator).sign()
 
 
 def draw_weights(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
 ) -> None:
     """Fill every matrix in the order of its name, then lean embeddings, gates and vision biases."""
-    direction_H = torch.randn(HIDDEN_SIZE, generator=generator).sign()
+    direction_H = image_direction(generator)
     alphabet = [chr(code) for code in range(33, 127)] + ["Ġ"]
     printable = tokenizer.convert_tokens_to_ids(alphabet)
     with torch.no_grad():
@@ -63,6 +69,9 @@ def draw_weights(
                 parameter.add_(_gate_lean(name, parameter.shape[0]) * direction_H)
             elif "visual" in name and name.endswith("linear_fc2.bias") and "merger" in name:
                 parameter.copy_(IMAGE_LEAN * direction_H)
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, CORRECTION_STD, generator=generator)
 
 
 def _gate_lean(name: str, num_experts: int) -> torch.Tensor:

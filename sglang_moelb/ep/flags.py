@@ -1,14 +1,17 @@
-"""The `--moelb-*` flags of SGLang's server: declared on its parser, read into one `Config`."""
+"""The `--moelb-*` flags of SGLang's server: declared, shown in its help, read into one `Config`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
 from sglang_moelb import config as configuration
 from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.types import MODES
+
+SERVE_BACKEND_API_VERSION = 1  # of SGLang's interface that `serve_backend` is written for
 
 SHORTCUTS: dict[str, tuple[str, type, str]] = {
     "moelb_capacity_factor": (
@@ -101,5 +104,31 @@ def take_arguments(args: argparse.Namespace) -> None:
     from sglang_moelb.ep import install
 
     install.refuse_unsupported_flags(args)
+    install.refuse_taken_port(args)
     configuration.to_environment(config)
     install.install_in_main()
+
+
+def serve_backend() -> Any:
+    """Entry point of SGLang's group `sglang.serve_backends`: `sglang serve --model-type moelb`.
+
+    SGLang's language-model server itself. SGLang prints `sglang serve --help` before it loads
+    plugins, so on an unpatched one that help cannot have our flags; it names this backend, and
+    `sglang serve --model-type moelb --help` has them. Takes no part in choosing a backend.
+    """
+    from sglang.cli.serve_backends import ServeBackend
+
+    return ServeBackend(api_version=SERVE_BACKEND_API_VERSION, run=_serve)
+
+
+def _serve(request: Any) -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    if {"-h", "--help"} & set(request.argv):
+        with contextlib.suppress(SystemExit):  # argparse leaves after help; SGLang has more to say
+            prepare_server_args(["--help"])
+        return
+    run_server(prepare_server_args(list(request.argv)))

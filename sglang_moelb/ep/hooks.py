@@ -68,6 +68,10 @@ def _http(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -
     points.serve_http(app, tokenizer_manager)
 
 
+def _request(manager: Any, obj: Any, input_ids: Any) -> None:
+    points.check_request(obj, input_ids)
+
+
 HOOKS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "flags": ("AFTER", _flags),
     "parsed-flags": ("BEFORE", _parsed_flags),
@@ -82,4 +86,5 @@ HOOKS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "state": ("AFTER", _state),
     "set-state": ("BEFORE", _set_state),
     "http": ("BEFORE", _http),
+    "request": ("BEFORE", _request),
 }

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 
 from sglang_moelb import config as configuration
-from sglang_moelb.config import Config, ConfigError
-from sglang_moelb.ep.runtime import KNOB_PREFIX
+from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
 
 DEAD = (
     "the controller thread is dead and the server serves in mode none; nothing was changed. "

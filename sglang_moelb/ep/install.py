@@ -8,6 +8,7 @@ what was expected and what was found.
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,7 +18,7 @@ from sglang_moelb.ep.seams import Finding, Form
 
 SGLANG_VERSION = "0.5.23"
 FLAG_SEAMS = ("flags", "parsed-flags")
-MAIN_SEAMS = ("http",)
+MAIN_SEAMS = ("http", "request")
 DETOKENIZER_MODULE = "sglang.srt.managers.detokenizer_manager"
 
 
@@ -86,6 +87,26 @@ def refuse_unsupported_flags(args: argparse.Namespace) -> None:
     for flag, wrong, reason in _refusals(args):
         if wrong:
             sys.exit(f"sglang_moelb: {flag}: {reason}. Or start without the --moelb flags.")
+
+
+def refuse_taken_port(args: argparse.Namespace) -> None:
+    """End the process if another one listens on the server's port, before a weight is loaded.
+
+    SGLang notices after it has loaded the model.
+    """
+    host, port = args.host, args.port
+    if args.node_rank:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            sys.exit(
+                f"sglang_moelb: --host {host} --port {port}: cannot listen there "
+                f"({error.strerror}). Choose another --port, or end the process that listens."
+            )
 
 
 def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:

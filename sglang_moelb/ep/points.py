@@ -2,21 +2,20 @@
 
 Light to import (no SGLang, no torch), and every function returns at once while no runtime is
 attached, so that an SGLang with our patches and without our flags behaves as if unpatched.
-`num_passed` counts how often each seam was passed through; `runtime` checks it after the first
-forward.
+`passed.num_passed` counts how often each seam was passed through.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+from sglang_moelb.ep.passed import num_passed
 
 if TYPE_CHECKING:
     import argparse
 
     from sglang_moelb.ep.runtime import Runtime
 
-num_passed: Counter[str] = Counter()
 _attached: list[Runtime] = []
 
 
@@ -126,6 +125,15 @@ def take_internal_state(request: Any) -> None:
     if _attached:
         num_passed["set-state"] += 1
         request.server_args = _attached[0].take_update(request.server_args)
+
+
+def check_request(request: Any, input_ids: list[int] | None) -> None:
+    """Seam `request`: ValueError for a prompt without tokens, which SGLang answers with 400."""
+    num_passed["request"] += 1
+    if input_ids is not None and not len(input_ids) and request.input_embeds is None:
+        raise ValueError(
+            "the prompt has no tokens; send a text, or input_ids, of at least one token"
+        )
 
 
 def serve_http(app: Any, tokenizer_manager: Any) -> None:

@@ -66,21 +66,22 @@ class HostCopy:
 
     log: PassLog
     counts_LRW: torch.Tensor
-    stats_L8: torch.Tensor | None
+    stats_R8: torch.Tensor | None
     ended: AnyMark
 
 
-def close(log: PassLog, counts_LRW: torch.Tensor, device: torch.device) -> HostCopy:
+def close(
+    log: PassLog, counts_LRW: torch.Tensor, stats_R8: torch.Tensor | None, device: torch.device
+) -> HostCopy:
     """End the pass; asynchronous copies to the host on CUDA, none on CPU.
 
     The log lets go of its device tensors.
     """
-    stats_L8 = torch.stack([o.stats_8 for o in log.outcomes_L]) if log.outcomes_L else None
     if device.type == "cuda":
         counts_LRW = _to_pinned(counts_LRW)
-        stats_L8 = None if stats_L8 is None else _to_pinned(stats_L8)
+        stats_R8 = None if stats_R8 is None else _to_pinned(stats_R8)
     log.ids_L, log.outcomes_L = [], []
-    return HostCopy(log=log, counts_LRW=counts_LRW, stats_L8=stats_L8, ended=mark_on(device))
+    return HostCopy(log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device))
 
 
 def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) -> StepRecord:
@@ -96,7 +97,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
     counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
         len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
     )
-    stats_8 = [0] * 8 if copy.stats_L8 is None else copy.stats_L8.numpy().sum(axis=0).tolist()
+    stats_8 = [0] * 8 if copy.stats_R8 is None else copy.stats_R8.numpy().sum(axis=0).tolist()
     header_RW = counts_LRW[0, :, :NUM_HEADER].astype(np.int64)
     # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
     rows_LEM = counts_LREC.sum(axis=1, dtype=np.int32)[..., ROWS].astype(np.int64)
@@ -113,7 +114,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
         rows_after_LR=_rows_after(counts_LREC, rows_LEM, log, topology),
         routed_mass=stats_8[0] / MASS_ONE
         if log.lever is not Lever.NONE
-        else mass_per_token * int(counts_LRW[:, rank, H_TOKENS].sum()),
+        else mass_per_token * int(counts_LRW[:, :, H_TOKENS].sum()),
         lost_mass=stats_8[1] / MASS_ONE,
         moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
         num_dropped_rows=stats_8[3],

@@ -16,8 +16,8 @@ import msgspec
 import torch
 
 from sglang_moelb import config as configuration
-from sglang_moelb.config import Config, ConfigError
-from sglang_moelb.ep import points, records
+from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
+from sglang_moelb.ep import records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_thread import ControllerThread, Pending
@@ -25,15 +25,14 @@ from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
 from sglang_moelb.ep.modality import requests_of
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.open_pass import PassOpener
+from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
-from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.types import Lever, StepRecord
 
 logger = logging.getLogger("sglang_moelb")
 
-KNOB_PREFIX = "moelb."
 
 
 class Runtime:
@@ -128,15 +127,20 @@ class Runtime:
             self._seams_verified = True
         if not log.marks_L:
             return
-        counts_LRW = self._counts_of(log)
+        counts_LRW, stats_R8 = self._gathered(log)
         if self._controller:
-            copy = records.close(log, counts_LRW, self._seat.device)
+            copy = records.close(log, counts_LRW, stats_R8, self._seat.device)
             self._controller.submit(Pending(build=lambda: self._record(copy)))
 
-    def _counts_of(self, log: PassLog) -> torch.Tensor:
-        """Every rank's counts of all layers, `[L, R, W]`; without a lever a collective."""
+    def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Every rank's counts of all layers `[L, R, W]`, and what a lever did on each, `[R, 8]`.
+
+        Ends in a collective, so every rank comes here, also without a controller.
+        """
         if log.lever is not Lever.NONE:
-            return torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+            stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
+            stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
+            return torch.stack([outcome.counts_RW for outcome in log.outcomes_L]), stats_R8
         begun = mark_on(self._seat.device)
         counts_LRW = observe(
             log.ids_L,
@@ -145,7 +149,7 @@ class Runtime:
             num_experts=self._seat.topology.num_experts,
         )
         log.observing = (begun, mark_on(self._seat.device))
-        return counts_LRW
+        return counts_LRW, None
 
     def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:
         assert log.flags_T is not None, "only a prefill pass is observed"
@@ -155,7 +159,7 @@ class Runtime:
         """Build a record in the controller thread, and learn the mass of a token from a cut."""
         seat = self._seat
         record = records.build(copy, seat.topology, seat.rank, self._mass_per_token)
-        num_rows = int(record.num_tokens_R[seat.rank]) * seat.topology.num_layers
+        num_rows = int(record.num_tokens_R.sum()) * seat.topology.num_layers
         if record.used_lever is not Lever.NONE and num_rows:
             self._mass_per_token = record.routed_mass / num_rows
         return record
@@ -173,7 +177,7 @@ class Runtime:
             "topology": asdict(self._seat.topology),
             "policy": {k: v.name.lower() if hasattr(v, "name") else v for k, v in policy.items()},
             "num_passes": self._passes.num_passes,
-            "seams": dict(points.num_passed),
+            "seams": dict(num_passed),
             "controller": {"state": "off"},
         }
         if self._controller and self._ledger:
@@ -220,19 +224,6 @@ class Runtime:
     def _mark(self, part: str) -> None:
         if self._marks is not None:
             self._marks[part] = mark_on(self._seat.device)
-
-
-def verify_passed() -> None:
-    """End the process unless every seam of a prefill has been passed through by now."""
-    missed = [
-        f"  {s.name}: {s.target}" for s in SEAMS if s.moment == "prefill"
-        and points.num_passed[s.name] == 0
-    ]  # fmt: skip
-    if missed:
-        raise SystemExit(
-            "sglang_moelb: after the first prefill these seams had not been passed through, so "
-            "the balancer would silently not balance:\n" + "\n".join(missed)
-        )
 
 
 def _is_normal(dispatcher: Any) -> bool:

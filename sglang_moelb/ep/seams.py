@@ -232,6 +232,17 @@ SEAMS: tuple[Seam, ...] = (
         why="GET /moelb/status and POST /moelb/config",
         until="SGLang lets plugins add routes",
     ),
+    Seam(
+        name="request",
+        module="sglang.srt.managers.tokenizer_manager",
+        symbol="TokenizerManager._validate_one_request",
+        point="check_request",
+        params=("self", "obj", "input_ids"),
+        patch="call-moelb-with-each-request.patch",
+        moment="main",
+        why="a prompt without tokens keeps the scheduler from answering anything",
+        until="SGLang refuses such a prompt itself",
+    ),
 )
 
 

@@ -1,9 +1,10 @@
 """A stand-in for an SGLang server: streams chat completions as SGLang 0.5.23 does, and a status.
 
-`python fake_server.py --port N [--plugin] [--shift X] [--flip-every N] [--die-after N]`. Answers
-are a function of the prompt, so two servers agree; `--shift` moves every log-probability, and
-`--flip-every N` changes the last token of every Nth prompt. `--die-after` ends the process in the
-middle of that request. With `--plugin` it serves `GET /moelb/status`, one pass per request.
+`python fake_server.py --port N [--plugin] [--shift X] [--flip-every N] [--die-after N]
+[--one-a-connection]`. Answers are a function of the prompt, so two servers agree; `--shift` moves
+every log-probability, and `--flip-every N` changes the last token of every Nth prompt.
+`--die-after` ends the process in the middle of that request, `--one-a-connection` refuses a second
+request on a connection. With `--plugin` it serves `GET /moelb/status`, one pass per request.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Fake:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.num_requests = 0
+        self.clients: set[Any] = set()
         self.passes: list[dict[str, Any]] = []
 
     def note_pass(self) -> None:
@@ -134,6 +136,9 @@ def make_app(fake: Fake) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         body = await request.json()
+        if fake.options.one_a_connection and request.client in fake.clients:
+            return JSONResponse({"object": "error", "message": "used twice"}, status_code=400)
+        fake.clients.add(request.client)
         if "REFUSE" in json.dumps(body["messages"]):
             return JSONResponse({"object": "error", "message": "refused"}, status_code=400)
         fake.num_requests += 1
@@ -185,6 +190,7 @@ def main() -> None:
     parser.add_argument("--flip-every", type=int, default=0)
     parser.add_argument("--die-after", type=int, default=0)
     parser.add_argument("--die-at-start", action="store_true")
+    parser.add_argument("--one-a-connection", action="store_true")
     parser.add_argument("--token-s", type=float, default=0.001)
     options, _ = parser.parse_known_args()
     if options.die_at_start:

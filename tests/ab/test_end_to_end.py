@@ -37,6 +37,7 @@ SECTIONS = (
     "decisions",
     "weight",
     "agreement",
+    "quality",
     "latency",
     "conditions",
     "limits",
@@ -46,7 +47,7 @@ SECTIONS = (
 def run(plan: Plan) -> tuple[list[ArmRun], Result, SilentProgress]:
     progress = SilentProgress()
     runs = run_plan(plan, progress)
-    return runs, compare_runs(runs, conditions(plan, None)), progress
+    return runs, compare_runs(runs, plan.requests, conditions(plan, None)), progress
 
 
 @pytest.fixture
@@ -147,6 +148,12 @@ def test_log_probabilities_left_out_of_the_stream_do_not_shift_the_others(tmp_pa
     assert row.distance_all is not None
     assert row.distance_all.max == 0.0
     assert {outcome.logprobs[3] for outcome in runs[1].outcomes} == {None}
+
+
+@pytest.mark.usefixtures("fake_servers")
+def test_no_connection_is_used_twice_so_that_none_is_closed_under_a_request(tmp_path: Path) -> None:
+    _, result, _ = run(make_plan(tmp_path, "a=--one-a-connection", "b="))
+    assert result.arms[0].failures == {}
 
 
 @pytest.mark.usefixtures("fake_servers")

@@ -102,6 +102,14 @@ def test_a_data_uri_is_an_image_and_an_address_is_left_to_the_server(tmp_path: P
     assert requests[1].messages[0]["content"][0]["image_url"]["url"] == "https://host/a.png"
 
 
+def test_a_request_may_carry_its_answer_and_a_group(tmp_path: Path) -> None:
+    judged = {"messages": say("2+2?"), "answer": "4", "group": "sum", "id": "of the user's own"}
+    requests = file_workload(
+        write_lines(tmp_path, judged, {"messages": say("x"), "answer": "y"}, say("z"))
+    )
+    assert [(r.answer, r.group) for r in requests] == [("4", "sum"), ("y", ""), (None, "")]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -113,6 +121,11 @@ def test_a_data_uri_is_an_image_and_an_address_is_left_to_the_server(tmp_path: P
         ([{"role": "robot", "content": "x"}], '"role"'),
         ([{"role": "user", "content": 5}], '"content" must be text'),
         ([{"role": "user", "content": [{"type": "video"}]}], "a part must be"),
+        ({"messages": say("x"), "answer": 4}, r'"answer" must be text .* found 4'),
+        ({"messages": say("x"), "answer": " "}, '"answer" must be text'),
+        ({"messages": say("x"), "answer": "y", "group": 4}, '"group" must be a name'),
+        ({"messages": say("x"), "answer": "y", "group": "all"}, '"group" must be a name'),
+        ({"messages": say("x"), "group": "a"}, 'a "group" and no "answer"'),
         (say(""), "the prompt is empty"),
         (say(" \n "), "the prompt is empty"),
         (show("missing.png"), r"missing\.png cannot be read"),

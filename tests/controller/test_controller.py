@@ -306,7 +306,7 @@ def test_a_spent_budget_is_acted_on_at_once() -> None:
     first = controller.step(Observation(record=record(SKEWED), now_s=0.0))
     assert first.policy.lever is Lever.DROP
     lossy = replace(
-        record(SKEWED, policy=first.policy, step=1), routed_mass=100.0, lost_mass=50.0
+        record(SKEWED, policy=first.policy, step=1), routed_mass=1e6, lost_mass=5e5
     )
     after = controller.step(Observation(record=lossy, now_s=0.001))
     assert after.estimate.spent_mass_share > 0.01

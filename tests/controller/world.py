@@ -68,7 +68,7 @@ def record(
     after_R = after_lever(rows_R, policy)
     num_tokens_R = np.full(topology.num_ranks, rows_E.sum() // topology.topk // topology.num_ranks)
     num_dropped = int((rows_R - np.minimum(rows_R, after_R)).sum())
-    routed_mass = float(num_tokens_R[0] * topology.num_layers)
+    routed_mass = float(num_tokens_R.sum() * topology.num_layers)
     experts_L = np.full(topology.num_layers, FIXED_MS + MS_PER_ROW * after_R[0])
     slowest_ms = FIXED_MS + MS_PER_ROW * float(after_R.max())
     lost_share = DROPPED_MASS * num_dropped / max(int(rows_E.sum()), 1)
@@ -86,7 +86,7 @@ def record(
         routed_mass=routed_mass,
         lost_mass=routed_mass * lost_share,
         moved_mass=0.0,
-        num_dropped_rows=num_dropped * topology.num_layers // topology.num_ranks,
+        num_dropped_rows=num_dropped * topology.num_layers,
         num_added_rows=0,
         experts_ms_L=experts_L,
         layer_ms_L=experts_L + 1.0,

@@ -63,6 +63,8 @@ Serve: TypeAlias = Callable[..., Server]
 ORDER = (
     "test_bit_identity.py::test_answers",
     "test_bit_identity.py::test_a_lever",
+    "test_metrics.py",
+    "test_idle.py",
     "test_bad_input.py",
     "test_levers.py",
     "test_controller_faults.py",
@@ -82,7 +84,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _place(item: pytest.Item) -> int:
     return next((i for i, part in enumerate(ORDER) if part in item.nodeid), len(ORDER))
-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

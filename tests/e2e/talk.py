@@ -29,7 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "controller": {"quality_budget": 1.0, "timeout_ms": 5000.0},
 }
-OBSERVE = (*NO_CACHE, "--moelb-mode", "observe", "--moelb-config", json.dumps(SETTINGS))
+OBSERVE = (
+    *NO_CACHE, "--enable-metrics",
+    "--moelb-mode", "observe", "--moelb-config", json.dumps(SETTINGS),
+)  # fmt: skip
 
 # SGLang keeps the embedding of an image, rounded as in the batch that first had it; so each image
 # is in one prompt, and those of prompts that are compared to the bit are never sent in a crowd.

@@ -79,36 +79,62 @@ def test_the_kill_switch_means_none_at_once(serve: Serve) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90IGFuIGltYWdl"}}],
-        [{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}],
-        "",
-    ],
-    ids=["no-image", "no-base64", "empty-prompt"],
-)
-def test_a_bad_request_leaves_the_server_serving(serve: Serve, content: Any) -> None:
+def chat(content: Any) -> dict[str, Any]:
+    return {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+
+
+def image(url: str) -> list[dict[str, Any]]:
+    return [{"type": "image_url", "image_url": {"url": url}}]
+
+
+CHAT, COMPLETE, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no image": (CHAT, chat(image("data:image/png;base64,bm90IGFuIGltYWdl")), "decode image"),
+    "no base64": (CHAT, chat(image("data:image/png;base64,%%%")), "Non-base64 digit found"),
+    "no file": (CHAT, chat(image("/no/such.png")), "No such file or directory: '/no/such.png'"),
+    "no prompt": (COMPLETE, {"model": "x", "prompt": "", "max_tokens": 2}, "cannot be empty"),
+    "no text": (GENERATE, {"text": ""}, "the prompt has no tokens"),
+    "no text in a batch": (GENERATE, {"text": ["a", ""]}, "the prompt has no tokens"),
+    "no tokens": (GENERATE, {"input_ids": []}, "input_ids cannot be empty"),
+    "no input": (GENERATE, {}, "Either text, input_ids or input_embeds should be provided"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_named_and_leaves_the_server_serving(serve: Serve, name: str) -> None:
     server = observed(serve)
     said = say(server, SHORT)
-    body = {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
-    code, answer = call(server, "/v1/chat/completions", body)
-    if content:
-        assert 400 <= code < 600, answer
+    path, body, message = BAD_REQUESTS[name]
+    code, answer = call(server, path, body)
+    assert 400 <= code < 600, answer
+    assert message in str(answer)
     assert say(server, SHORT) == said
     assert status(server)["controller"]["state"] == "running"
 
 
-LAUNCHES: dict[str, tuple[list[str], list[str]]] = {
+def test_an_empty_message_is_a_prompt_of_the_chat_template_alone(serve: Serve) -> None:
+    server = observed(serve)
+    for content in ("", []):
+        code, answer = call(server, CHAT, chat(content))
+        assert code == 200, answer
+        assert answer["usage"]["prompt_tokens"] > 0
+    assert status(server)["controller"]["state"] == "running"
+
+
+LAUNCH_SERVER, SERVE = ("python", "-m", "sglang.launch_server"), ("sglang", "serve")
+LAUNCHES: dict[str, tuple[tuple[str, ...], list[str], list[str]]] = {
     "another all-to-all": (
+        LAUNCH_SERVER,
         ["--moelb-mode", "drop", "--moe-a2a-backend", "none"],
         ["--moe-a2a-backend none", "use --moe-a2a-backend deepep"],
     ),
     "not a number": (
+        SERVE,
         ["--moelb-capacity-factor", "nan"],
         ["--moelb-capacity-factor nan", "must be a finite number"],
     ),
     "no such file": (
+        LAUNCH_SERVER,
         ["--moelb-config", "no/such.json"],
         ["--moelb-config no/such.json: cannot be read (No such file or directory)"],
     ),
@@ -119,27 +145,28 @@ def test_wrong_flags_end_the_launch_with_one_line_before_a_weight_is_loaded(
     tmp_path: Path,
 ) -> None:
     model = write_model("text", tmp_path / "text")
-    command = [sys.executable, "-m", "sglang.launch_server", *cpu_server_args(2)]
-    command += ["--model-path", str(model)]
     environment = {**os.environ, **cpu_environment(2)}
     begun_s = time.monotonic()
     launched = {
         name: subprocess.Popen(
-            [*command, *flags],
+            [
+                Path(sys.executable).parent / program,
+                *rest, *cpu_server_args(2), "--model-path", str(model), *flags,
+            ],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        for name, (flags, _) in LAUNCHES.items()
-    }
+        for name, ((program, *rest), flags, _) in LAUNCHES.items()
+    }  # fmt: skip
     for name, process in launched.items():
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 1, (name, output[-2000:])
         lines = [x for x in output.splitlines() if x.startswith("sglang_moelb: ")]
         assert len(lines) == 1, (name, output[-2000:])
-        assert all(part in lines[0] for part in LAUNCHES[name][1]), lines[0]
+        assert all(part in lines[0] for part in LAUNCHES[name][2]), lines[0]
         assert "Traceback" not in output
         assert "Load weight" not in output
     assert time.monotonic() - begun_s < 120

@@ -30,7 +30,6 @@ PROMPTS = {"vl": (IMAGE, TWO_IMAGES, TEXT, SHORT), "text": (TEXT, SHORT)}
 _said: dict[str, list[Said]] = {}
 
 
-
 def say_all(server: Server, kind: str) -> list[Said]:
     return [say(server, prompt) for prompt in PROMPTS[kind]]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import textwrap
 import urllib.request
 from collections.abc import Callable
@@ -262,5 +263,6 @@ def test_losing_one_ranks_rows_in_combine_is_caught(
             """
         )
     )
-    server = serve("text", env={"PYTHONPATH": f"{SITE}:{tmp_path}"})
+    path = [str(SITE), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    server = serve("text", env={"PYTHONPATH": os.pathsep.join(path)})
     assert max_distance(ask(server, TEXT_PROMPTS[3]), expected("text")[3]) > 0.1

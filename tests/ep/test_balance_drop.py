@@ -29,7 +29,9 @@ from .ranks import GROUP_SIZES, Ranks
 pytestmark = pytest.mark.dist
 
 LEVELS = tuple(Level)
-PLAIN = Policy(epoch=1, lever=Lever.DROP, capacity_factor=0.8)
+PLAIN = Policy(
+    epoch=1, lever=Lever.DROP, capacity_factor=0.8, preference=Preference.IMAGE_FIRST
+)
 
 
 def by_group(rows: list[Row], num_groups: int) -> list[list[Row]]:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,16 @@ import pytest
 
 from sglang_moelb import config as configuration
 from sglang_moelb.config import CONFIG_VARIABLE, Config, ConfigError, merge
-from sglang_moelb.ep import flags, install
+from sglang_moelb.ep import flags, install, seams
+from sglang_moelb.ep.standin.launch import cpu_environment
+
+HELP_TIMEOUT_S = 180
+SGLANG = str(Path(sys.executable).with_name("sglang"))
+HELPS = {
+    "launch_server": [sys.executable, "-m", "sglang.launch_server", "--help"],
+    "serve": [SGLANG, "serve", "--help"],
+    "serve as moelb": [SGLANG, "serve", "--model-type", "moelb", "--help"],
+}
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -32,6 +46,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         install, "refuse_unsupported_flags", lambda args: seen.append("checked SGLang's flags")
     )
+    monkeypatch.setattr(install, "refuse_taken_port", lambda args: seen.append("tried the port"))
     monkeypatch.setattr(install, "install_in_main", lambda: seen.append("installed"))
     monkeypatch.setattr(
         configuration, "to_environment", lambda config: seen.append(f"handed on {config.mode}")
@@ -49,7 +64,7 @@ def test_without_flags_there_is_no_configuration_and_nothing_is_done(done: list[
 
 def test_with_a_flag_sglangs_are_checked_first_and_the_processes_are_told(done: list[str]) -> None:
     flags.take_arguments(parse("--moelb-mode", "drop"))
-    assert done == ["checked SGLang's flags", "handed on drop", "installed"]
+    assert done == ["checked SGLang's flags", "tried the port", "handed on drop", "installed"]
 
 
 def test_any_one_flag_asks_for_the_plugin_in_mode_none() -> None:
@@ -219,3 +234,64 @@ def test_flags_of_sglang_that_cannot_be_balanced_are_refused_by_name(
 def test_a_decode_role_may_run_low_latency() -> None:
     decode = {**GOOD_SERVER, "deepep_mode": "low_latency", "disaggregation_mode": "decode"}
     install.refuse_unsupported_flags(argparse.Namespace(**decode))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use_is_refused_by_name_before_a_weight_is_loaded(host: str) -> None:
+    with socket.create_server((host, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"--port {port}: cannot listen there.*another --port"):
+            install.refuse_taken_port(argparse.Namespace(host=host, port=port, node_rank=0))
+        install.refuse_taken_port(argparse.Namespace(host=host, port=port, node_rank=1))
+    install.refuse_taken_port(argparse.Namespace(host=host, port=port, node_rank=0))
+
+
+def printed(command: list[str]) -> str:
+    """What a command of SGLang prints on a machine without a GPU."""
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=HELP_TIMEOUT_S,
+        env={**os.environ, **cpu_environment(2)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_each_help_of_sglang_has_the_flags_or_names_the_one_that_has() -> None:
+    with ThreadPoolExecutor(len(HELPS)) as pool:
+        texts = dict(zip(HELPS, pool.map(printed, HELPS.values()), strict=True))
+    options = ["--moelb-mode", "--moelb-config"]
+    options += ["--" + name.replace("_", "-") for name in flags.SHORTCUTS]
+    for name in ("launch_server", "serve as moelb"):
+        assert all(option in texts[name] for option in options), name
+    (override,) = [line for line in texts["serve"].splitlines() if "--model-type {" in line]
+    assert "moelb" in override.partition("}")[0]
+    # SGLang prints this help before it loads plugins; only its own source can add to it.
+    patched = seams.form_of(install.verified_findings()) == "patch"
+    assert all((option in texts["serve"]) == patched for option in options)
+
+
+def test_the_backend_serves_with_what_it_was_given_and_does_not_serve_for_help(
+    monkeypatch: pytest.MonkeyPatch, done: list[str]
+) -> None:
+    fakes: dict[str, dict[str, Any]] = {
+        "sglang.launch_server": {"run_server": lambda args: done.append(f"served {args}")},
+        "sglang.srt.plugins": {"load_plugins": lambda: done.append("plugins")},
+        "sglang.srt.server_args": {"prepare_server_args": prepared},
+    }
+    for name, content in fakes.items():
+        monkeypatch.setitem(sys.modules, name, argparse.Namespace(**content))  # type: ignore[arg-type]
+    flags._serve(argparse.Namespace(argv=("--model-path", "m")))
+    assert done == ["plugins", "served --model-path m"]
+    flags._serve(argparse.Namespace(argv=("--model-path", "m", "-h")))
+    assert done == ["plugins", "served --model-path m", "plugins"]
+
+
+def prepared(argv: list[str]) -> str:
+    """SGLang's function of that name, as far as this test goes."""
+    if "--help" in argv:
+        raise SystemExit(0)
+    return " ".join(argv)

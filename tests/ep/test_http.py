@@ -9,9 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_moelb.config import Config, flat, from_numbers, merge, to_numbers
+from sglang_moelb.config import KNOB_PREFIX, Config, flat, from_numbers, merge, to_numbers
 from sglang_moelb.ep.http import DEAD, Routes
-from sglang_moelb.ep.runtime import KNOB_PREFIX
 
 pytest.importorskip("sglang.srt.managers.io_struct")
 

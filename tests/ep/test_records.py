@@ -61,12 +61,14 @@ def one_pass(
         log.outcomes_L.append(balancer.run(routed, agreed, lever))
         ids_L.append(log.outcomes_L[-1].ids_TC)
     if lever is Lever.NONE:
-        counts_LRW = observe(
+        counts_LRW, stats_R8 = observe(
             ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
-        )
+        ), None
     else:
         counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
-    return build(close(log, counts_LRW, HOST), sizes, rank, MASS_PER_TOKEN), ids_L
+        stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
+        stats_R8 = exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
+    return build(close(log, counts_LRW, stats_R8, HOST), sizes, rank, MASS_PER_TOKEN), ids_L
 
 
 def run_pass(
@@ -138,25 +140,38 @@ def test_rows_after_equal_what_the_cut_really_left_on_each_rank(
 
 @pytest.mark.parametrize("rule", list(Rule))
 @pytest.mark.parametrize("lever", list(Lever))
-def test_masses_and_row_counts_of_the_ranks_own_tokens_equal_sums_of_weights(
+def test_masses_and_row_counts_of_all_ranks_tokens_equal_sums_of_weights(
     ranks: Ranks, lever: Lever, rule: Rule
 ) -> None:
     inputs, results = run_pass(ranks, "skewed", replace(POLICY, lever=lever, rule=rule))
-    for mine, (record, ids_L) in zip(inputs, results, strict=True):
-        pairs = list(zip(mine, ids_L, strict=True))
-        routed = sum(float((i.weights_TK * (i.ids_TK >= 0)).sum()) for i, _ in pairs)
-        gone = [(i.ids_TK >= 0) & (ids[:, :TOPK] < 0) for i, ids in pairs]
-        lost = sum(float((i.weights_TK * g).sum()) for (i, _), g in zip(pairs, gone, strict=True))
-        added = sum(int((ids[:, TOPK:] >= 0).sum()) for _, ids in pairs)
-        added += sum(
-            int(((ids[:, :TOPK] >= 0) & (ids[:, :TOPK] != i.ids_TK)).sum()) for i, ids in pairs
-        )
+    pairs = [
+        (one, ids)
+        for mine, (_, ids_L) in zip(inputs, results, strict=True)
+        for one, ids in zip(mine, ids_L, strict=True)
+    ]
+    routed = sum(float((i.weights_TK * (i.ids_TK >= 0)).sum()) for i, _ in pairs)
+    gone = [(i.ids_TK >= 0) & (ids[:, :TOPK] < 0) for i, ids in pairs]
+    lost = sum(float((i.weights_TK * g).sum()) for (i, _), g in zip(pairs, gone, strict=True))
+    added = sum(int((ids[:, TOPK:] >= 0).sum()) for _, ids in pairs)
+    added += sum(
+        int(((ids[:, :TOPK] >= 0) & (ids[:, :TOPK] != i.ids_TK)).sum()) for i, ids in pairs
+    )
+    for record, _ in results:
         assert record.routed_mass == pytest.approx(routed, rel=1e-3)
         assert record.lost_mass == pytest.approx(lost, rel=1e-3, abs=1e-3)
         assert record.num_dropped_rows == sum(int(g.sum()) for g in gone)
         assert record.num_added_rows == added
         assert (record.moved_mass > 0) == (added > 0)
         assert (record.lost_mass > 0) == (lever is not Lever.NONE)
+
+
+def test_what_is_lost_on_another_rank_alone_is_not_missed(ranks: Ranks) -> None:
+    """With attention parallelism over requests, a batch may lie on one rank only."""
+    _, results = run_pass(ranks, "idle-rank", replace(POLICY, lever=Lever.DROP))
+    record = results[0][0]
+    assert record.num_tokens_R[0] == 0
+    assert record.lost_mass > 0
+    assert record.lost_mass == results[-1][0].lost_mass
 
 
 def test_a_dropped_row_is_lost_mass_and_a_rerouted_one_is_not(ranks: Ranks) -> None:

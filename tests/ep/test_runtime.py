@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sglang_moelb.config import Config, merge, policy_of, to_numbers
+from sglang_moelb.config import KNOB_PREFIX, Config, merge, policy_of, to_numbers
 from sglang_moelb.ep import points
 from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.modality import Requests, RowWindow
 from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
-from sglang_moelb.ep.runtime import KNOB_PREFIX, Runtime
+from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.types import Lever, Policy
@@ -165,7 +165,7 @@ def test_a_lever_rewrites_ids_and_weights_and_nothing_else(
     assert after.topk_ids.dtype == before.topk_ids.dtype
     assert after.router_logits is before.router_logits
     (record,) = clock.records
-    assert record.num_dropped_rows == int((after.topk_ids < 0).sum())
+    assert record.num_dropped_rows == NUM_RANKS * int((after.topk_ids < 0).sum())
     assert record.lost_mass > 0
 
 
@@ -212,12 +212,12 @@ def test_without_a_lever_the_same_object_is_dispatched_and_still_recorded(
     assert record.routed_mass > 0
 
 
-def test_a_pass_is_exchanged_once_without_a_lever_and_once_a_layer_with_one(
+def test_a_pass_is_exchanged_at_its_end_and_with_a_lever_in_each_layer_too(
     runtime: Runtime, dispatcher: Dispatcher, clock: Clock, mirroring: Mirroring
 ) -> None:
     routed = layer_input(40, seed=3)
     output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
-    for lever, expected in ((Lever.NONE, 1), (Lever.DROP, 3)):
+    for lever, expected in ((Lever.NONE, 1), (Lever.DROP, 3 + 1)):
         clock.lever, mirroring.num_gathers = lever, 0
         runtime.begin_pass(forward_batch(40, PREFILL))
         for _ in range(3):

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_moelb.ep import hooks, install, points, runtime, seams
+from sglang_moelb.ep import hooks, install, passed, points, seams
 from sglang_moelb.ep.seams import SEAMS, Seam, check, form_of
 from sglang_moelb.patching.series import load_series
 
@@ -216,17 +217,17 @@ def test_another_version_ends_the_process_with_both_versions(
 def test_a_seam_that_no_prefill_passed_ends_the_process_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(points, "num_passed", type(points.num_passed)())
+    monkeypatch.setattr(passed, "num_passed", type(passed.num_passed)())
     prefill = [s for s in SEAMS if s.moment == "prefill"]
     assert {s.name for s in prefill} >= {"dispatch", "experts", "combine", "begin-pass", "end-pass"}
     for seam in prefill:
-        points.num_passed[seam.name] = 1
-    runtime.verify_passed()
+        passed.num_passed[seam.name] = 1
+    passed.verify_passed()
     for seam in prefill:
-        points.num_passed[seam.name] = 0
+        passed.num_passed[seam.name] = 0
         with pytest.raises(SystemExit, match=re.escape(f"  {seam.name}: {seam.target}")):
-            runtime.verify_passed()
-        points.num_passed[seam.name] = 1
+            passed.verify_passed()
+        passed.num_passed[seam.name] = 1
 
 
 def test_points_do_nothing_while_no_runtime_is_attached() -> None:
@@ -242,7 +243,16 @@ def test_points_do_nothing_while_no_runtime_is_attached() -> None:
         point(None)
     points.take_internal_state(None)
     assert state == {}
-    assert not points.num_passed
+    assert not passed.num_passed
+
+
+@pytest.mark.parametrize("ids", [[], ()])
+def test_a_prompt_without_tokens_is_refused_and_any_other_is_not(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="the prompt has no tokens; send a text, or input_ids"):
+        points.check_request(SimpleNamespace(input_embeds=None), ids)
+    points.check_request(SimpleNamespace(input_embeds=[[0.5]]), ids)
+    points.check_request(SimpleNamespace(input_embeds=None), None)
+    points.check_request(SimpleNamespace(input_embeds=None), [0])
 
 
 def test_a_row_describes_its_call_and_its_target() -> None:

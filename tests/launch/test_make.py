@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from sglang_moelb.ep.install import SGLANG_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("install", "demo", "test", "check", "bench", "clean")
+TARGETS = ("install", "demo", "test", "test-all", "check", "bench", "clean")
 
 
 def plan(target: str) -> str:
@@ -52,14 +51,6 @@ def test_ci_runs_make_test_and_nothing_else() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
-def test_the_whole_suite_runs_last_so_that_its_summary_ends_the_log() -> None:
-    script = (ROOT / "scripts" / "test_both_forms.sh").read_text(encoding="utf-8")
-    runs = re.findall(r"-m pytest.*", script)
-    assert len(runs) == 2
-    assert "patched_tests" in runs[0]
-    assert runs[1] == '-m pytest -m "${MARKS:-not slow}"'
-
-
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem
 )
@@ -81,54 +72,93 @@ def test_sglang_is_pinned_alike_everywhere() -> None:
     assert (ROOT / "patches" / f"sglang-{SGLANG_VERSION}" / "series").is_file()
 
 
-FAKE_MOELB = """#!/bin/bash
-state=$(dirname "$0")/state
-case "$2" in
-  status) echo "sglang 0.5.23 in /site: $(cat "$state"), and so on" ;;
-  apply) echo applied > "$state" ;;
-  revert) echo pristine > "$state" ;;
+FAKES = {
+    "moelb": """#!/bin/bash
+case $2 in
+  status) echo "sglang 0.5.23 in $PYTHONPATH: $(cat "$PYTHONPATH/sglang/state"), and so on" ;;
+  apply) echo applied > "$4/sglang/state" ;;
+  revert) echo "${REVERTED:-pristine}" > "$4/sglang/state" ;;
 esac
-"""
-FAKE_PYTHON = """#!/bin/bash
+""",
+    "python": """#!/bin/bash
 here=$(dirname "$0")
-echo "$(cat "$here/state"): $*" >> "$here/calls"
-[[ $(cat "$here/state") != "${FAIL_WHEN:-never}" ]] || exit 3
-"""
+[[ $1 != -c ]] || { echo "$here/site"; exit; }
+call="$(cat "${PYTHONPATH:-$here/site}/sglang/state"): $*"
+echo "$call" >> "$here/calls"
+[[ $call != "${FAIL:-none}"* ]] || exit 3
+""",
+    "mypy": """#!/bin/bash
+exec "$(dirname "$0")/python" "mypy $*"
+""",
+}
+IN_CI = {
+    "applied: -m pytest -m e2e and not slow tests/e2e/test_bit_identity.py "
+    "tests/e2e/test_levers.py -k not text_with_tensor and not two_hundred",
+    "pristine: -m pytest -m e2e and not slow tests",
+    "pristine: mypy sglang_moelb",
+    "applied: -m pytest -m not e2e and not slow tests/ep/test_seams.py tests/ep/test_runtime.py tests/ep/test_flags.py",
+    "pristine: -m pytest -m not e2e and not slow tests",
+}
 
 
-def run_both_forms(folder: Path, state: str = "pristine", **env: str) -> tuple[int, list[str], str]:
-    """Exit code, what pytest was called with in which state, and the state left behind."""
-    for name, text in (("moelb", FAKE_MOELB), ("python", FAKE_PYTHON)):
+def run_both_forms(
+    folder: Path, scope: str = "ci", state: str = "pristine", **env: str
+) -> tuple[int, list[str], list[str]]:
+    """Exit code, every call in its state, lines said; the installed SGLang must stay as it is."""
+    for name, text in FAKES.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    (folder / "state").write_text(state + "\n")
+    installed = folder / "site" / "sglang" / "state"
+    installed.parent.mkdir(parents=True)
+    installed.write_text(state + "\n")
+    (folder / "site" / "sglang-0.5.23.dist-info").mkdir()
     (folder / "calls").touch()
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "test_both_forms.sh")],
-        env={"PATH": "/usr/bin:/bin", "BIN": str(folder), **env},
+        ["bash", str(ROOT / "scripts" / "test_both_forms.sh"), scope],
+        env={"PATH": "/usr/bin:/bin", "BIN": str(folder), "TMPDIR": str(folder), **env},
         capture_output=True,
+        text=True,
         timeout=30,
         check=False,
     )
+    assert installed.read_text() == state + "\n"
+    assert not list(folder.glob("tmp.*")), "the copy is gone"
     calls = (folder / "calls").read_text().splitlines()
-    return done.returncode, calls, (folder / "state").read_text().strip()
+    return done.returncode, calls, done.stdout.splitlines()
 
 
-def test_both_forms_are_run_and_the_environment_is_left_pristine(tmp_path: Path) -> None:
-    code, calls, left = run_both_forms(tmp_path)
-    assert (code, left) == (0, "pristine")
-    assert calls[0].startswith("applied: -m pytest -k ")
-    assert "tests/ep/test_seams.py" in calls[0]
-    assert calls[1] == "pristine: -m pytest -m not slow"
+def test_ci_runs_both_forms_and_its_log_ends_with_how_each_run_ended(tmp_path: Path) -> None:
+    code, calls, said = run_both_forms(tmp_path)
+    assert code == 0
+    assert len(calls) == len(IN_CI)
+    assert set(calls) == IN_CI
+    assert all(line.startswith("exit code 0 after") for line in said[-len(IN_CI) :])
+    assert "summary" in said[-len(IN_CI) - 1]
 
 
-@pytest.mark.parametrize("form", ["applied", "pristine"])
-def test_a_failure_in_either_form_fails_and_is_still_reverted(tmp_path: Path, form: str) -> None:
-    code, calls, left = run_both_forms(tmp_path, FAIL_WHEN=form)
-    assert (code, left) == (3, "pristine")
-    assert len(calls) == 2
+def test_everything_is_the_whole_suite_and_the_demo_in_both_forms(tmp_path: Path) -> None:
+    code, calls, _ = run_both_forms(tmp_path, "all")
+    assert code == 0
+    for form in ("applied", "pristine"):
+        assert f"{form}: -m pytest -m e2e tests" in calls
+        assert f"{form}: -m pytest -m not e2e tests" in calls
+        assert len([c for c in calls if c.startswith(f"{form}: -m sglang_moelb.demo")]) == 1
+
+
+@pytest.mark.parametrize("call", sorted(IN_CI))
+def test_any_failure_fails_and_the_other_runs_are_still_made(tmp_path: Path, call: str) -> None:
+    code, calls, said = run_both_forms(tmp_path, FAIL=call)
+    assert code == 3
+    assert set(calls) == IN_CI
+    assert len([line for line in said if line.startswith("exit code 3 after")]) == 1
+
+
+def test_patches_that_do_not_revert_to_the_wheel_fail(tmp_path: Path) -> None:
+    code, _, said = run_both_forms(tmp_path, REVERTED="something else")
+    assert code == 1
+    assert any(line.startswith("Files ") and line.endswith(" differ") for line in said)
 
 
 def test_an_environment_that_is_not_pristine_is_refused_and_left_alone(tmp_path: Path) -> None:
-    code, calls, left = run_both_forms(tmp_path, state="applied")
-    assert (code, calls, left) == (2, [], "applied")
+    code, calls, _ = run_both_forms(tmp_path, state="applied")
+    assert (code, calls) == (2, [])

@@ -1,8 +1,7 @@
 """Every command of `launch/` is accepted by SGLang's own argument parser, with our flags on it.
 
-The prefill role is parsed only: SGLang refuses its fake transfer backend for prefill, and the real
-ones are not part of the lean installation. The decode role is also started, in
-test_started_on_cpu.py.
+The roles are also started: the decode role in test_started_on_cpu.py, and both as a pair, where
+Mooncake is installed, in test_disaggregated.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The scripts of `launch/` started for real, on CPU, each once.
 
-The prefill role cannot start here: see test_parsed_by_sglang.py.
+The prefill role needs Mooncake: see test_disaggregated.py.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -88,6 +89,22 @@ def test_unrequested_the_plugin_touches_nothing(monkeypatch: pytest.MonkeyPatch)
     hooks.register()
 
 
+def test_the_detokenizer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MOELB_STANDIN", "1")
+    called: list[str] = []
+    monkeypatch.setattr(hooks, "find_shadow_problems", lambda: called.append("checked"))
+    monkeypatch.setattr(hooks, "find_symbol_problems", lambda symbols: None)
+    monkeypatch.setattr(hooks, "_install", lambda: called.append("installed"))
+    managers = "sglang.srt.managers"
+    monkeypatch.setitem(sys.modules, f"{managers}.detokenizer_manager", ModuleType("d"))
+    monkeypatch.delitem(sys.modules, f"{managers}.scheduler", raising=False)
+    hooks.register()
+    assert called == []
+    monkeypatch.setitem(sys.modules, f"{managers}.scheduler", ModuleType("s"))
+    hooks.register()
+    assert called == ["checked", "installed"]
+
+
 def test_a_missing_symbol_is_reported_with_its_reason() -> None:
     symbol = Symbol(path="sglang_moelb.ep.standin.hooks.gone", parameters=("a",), why="needed")
     (problem,) = find_symbol_problems((symbol,))
@@ -103,6 +120,14 @@ def test_a_users_own_sitecustomize_still_runs(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('mine too')")
     done = _run("import sitecustomize", {"PYTHONPATH": f"{SITE}{os.pathsep}{tmp_path}"})
     assert done.stdout.splitlines() == ["mine too"], done.stderr
+
+
+def test_a_server_process_starts_without_what_only_the_report_needs() -> None:
+    program = "import gc; print(gc.get_threshold()[0])\nimport sklearn"
+    done = _run(program, {"PYTHONPATH": str(SITE)})
+    assert done.stdout.strip() == "50000"
+    assert "No module named 'sklearn'" in done.stderr or "import of sklearn halted" in done.stderr
+    assert _run("import sklearn", {"PYTHONPATH": ""}).returncode == 0
 
 
 def test_torchvision_can_be_imported_with_the_site_folder() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,10 @@ _DISPATCHER = f"{_MOE}.token_dispatcher.deepep"
 GET_BUFFER = f"{_DISPATCHER}.DeepEPBuffer.get_deepep_buffer"
 APPLY = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.apply"
 FORWARD_NATIVE = f"{_MOE}.fused_moe_native.moe_forward_native"
+KV_CLASS = "sglang.srt.disaggregation.utils.get_kv_class"
 DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
+ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+DP_RECEIVE = "sglang.srt.managers.data_parallel_controller.sock_recv"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
@@ -120,6 +124,17 @@ SYMBOLS = (
         why="the only form of latent attention that works with torch_native",
     ),
     Symbol(
+        path=KV_CLASS,
+        parameters=("transfer_backend", "class_type"),
+        why="Mooncake's sender makes the prefill role pin memory and record CUDA events",
+    ),
+    Symbol(path=ON_IDLE, parameters=("self",), why="an idle rank keeps its core busy"),
+    Symbol(
+        path=DP_RECEIVE,
+        parameters=("socket", "flags"),
+        why="the data-parallel controller keeps a core busy",
+    ),
+    Symbol(
         path="sglang.srt.plugins.hook_registry.HookRegistry.register",
         parameters=("target", "hook", "hook_type", "source"),
         why="installs the hooks",
@@ -129,13 +144,23 @@ SYMBOLS = (
 
 def register() -> None:
     """Entry point: install the stand-in's hooks, or leave the process untouched, or end it."""
-    if not standin_requested():
+    if not standin_requested() or _in_detokenizer():
         return
     # SGLang's modules cannot even be imported unless the shadowing ones are found first.
     problems = find_shadow_problems() or find_symbol_problems(SYMBOLS)
     if problems:
         raise SystemExit("moelb stand-in cannot be installed:\n  " + "\n  ".join(problems))
     _install()
+
+
+def _in_detokenizer() -> bool:
+    """Whether this is the one process of a server that has nothing of the stand-in's to change.
+
+    Looking at `SYMBOLS` would import the scheduler there, by which others tell the process.
+    """
+    managers = "sglang.srt.managers"
+    loaded = sys.modules
+    return f"{managers}.detokenizer_manager" in loaded and f"{managers}.scheduler" not in loaded
 
 
 def find_shadow_problems() -> list[str]:
@@ -184,6 +209,7 @@ def _install() -> None:
     )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from sglang_moelb.ep.standin.idle import wait_for_request, wait_for_work
     from sglang_moelb.ep.standin.runner_core import ReferenceRunnerCore, moe_forward_native
 
     deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
@@ -202,6 +228,9 @@ def _install() -> None:
     HookRegistry.register(GET_BUFFER, _get_deepep_buffer, HookType.AROUND)
     HookRegistry.register(APPLY, _apply, HookType.AROUND)
     HookRegistry.register(FORWARD_NATIVE, moe_forward_native, HookType.REPLACE)
+    HookRegistry.register(ON_IDLE, wait_for_work, HookType.AFTER)
+    HookRegistry.register(DP_RECEIVE, wait_for_request, HookType.AROUND)
+    HookRegistry.register(KV_CLASS, _without_pinned_indices, HookType.AFTER)
 
 
 def _get_deepep_buffer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +255,12 @@ def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_outpu
     if dispatch_output.format.is_deepep_normal():
         return method.forward_cuda(layer, dispatch_output)
     return original(method, layer, dispatch_output)
+
+
+def _without_pinned_indices(kv_class: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang asks the sender's class whether page indices may come through pinned memory."""
+    if getattr(kv_class, "supports_host_tensor_indices", False):
+        kv_class.supports_host_tensor_indices = False
 
 
 def _update_deep_gemm_config(gpu_id: int) -> None:

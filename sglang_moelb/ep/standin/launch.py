@@ -44,6 +44,10 @@ def cpu_environment(num_ranks: int) -> dict[str, str]:
         "SGLANG_DEEPEP_BF16_DISPATCH": "1",
         # A torch with CUDA on a machine without a driver must not look for NCCL.
         "SGLANG_NCCL_SO_PATH": "/nonexistent",
+        # Prefill and decode roles: Mooncake must not look for InfiniBand. SGLang reads the first,
+        # Mooncake the second.
+        "MOONCAKE_PROTOCOL": "tcp",
+        "MC_FORCE_TCP": "1",
     }
 
 

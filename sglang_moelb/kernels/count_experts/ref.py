@@ -21,6 +21,8 @@ TOKENS_BY_CLASS = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 1, 1]])
 TOKEN_AMOUNTS_BY_CLASS = torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]])
 # The same for C_TEXT_ROWS, C_VISION_ROWS, C_PROTECTED_ROWS of routed rows.
 ROWS_BY_CLASS = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 1], [0, 1, 1]])
+# And for C_PROTECTED_AMOUNT and C_CUTTABLE_AMOUNT where every row weighs 1.
+AMOUNTS_BY_CLASS = torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]])
 
 
 def count_experts(
@@ -54,16 +56,22 @@ def count_experts(
 
 def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
     """See `sglang_moelb.kernels.count_experts`. Runs on the host."""
-    num_layers, _, topk = ids_LTK.shape
-    rows_LW = ids_LTK.new_empty(
-        num_layers, layout.row_width(num_experts, with_histogram=False), dtype=torch.int32
-    )
-    for row_W, ids_TK in zip(rows_LW, ids_LTK, strict=True):
-        # The weights rank rows, and nothing is ranked here.
-        row_W[:], _ = count_experts(
-            ids_TK, ids_TK, flags_T, None, num_experts=num_experts, topk=topk, key_rule=None
-        )
-    return rows_LW
+    num_layers, size = ids_LTK.shape[0], num_experts * NUM_CLASSES
+    class_T = (flags_T & CLASS_MASK).long()
+    layer_L1 = torch.arange(num_layers)[:, None]
+    valid_LTK = (ids_LTK >= 0) & (ids_LTK < num_experts)
+    codes_LTK = layer_L1[..., None] * size + ids_LTK * NUM_CLASSES + class_T[:, None]
+    rows_LE4 = _sums(codes_LTK.where(valid_LTK, num_layers * size), None, num_layers * size)
+    rows_LE4 = rows_LE4.view(num_layers, num_experts, NUM_CLASSES)
+    codes_LT = layer_L1 * NUM_CLASSES + class_T
+    num_codes = num_layers * NUM_CLASSES
+    counted_LT = (ids_LTK >= 0).any(dim=2)
+    tokens_L4 = _sums(codes_LT.where(counted_LT, num_codes), None, num_codes).view(num_layers, -1)
+    header_L8 = tokens_L4.new_zeros(num_layers, layout.NUM_HEADER)
+    header_L8[:, : layout.H_VISION_AMOUNT] = tokens_L4 @ TOKENS_BY_CLASS
+    header_L8[:, layout.H_VISION_AMOUNT : layout.H_AMOUNT + 1] = tokens_L4 @ TOKEN_AMOUNTS_BY_CLASS
+    counts_LE5 = torch.cat([rows_LE4 @ ROWS_BY_CLASS, rows_LE4 @ AMOUNTS_BY_CLASS], dim=2)
+    return torch.cat([header_L8, counts_LE5.flatten(1)], dim=1).int()
 
 
 def _sums(codes_TC: Tensor, amounts_T: Tensor | None, size: int) -> Tensor:

@@ -1,0 +1,32 @@
+"""A server without requests leaves the cores to others, and still answers at once."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from .conftest import Serve, Server
+from .talk import SHORT, observed, say
+
+pytestmark = pytest.mark.e2e
+
+WATCHED_S = 3.0
+MAX_CORES = 0.6  # without the stand-in's waits it is as many as there are, up to three
+
+
+def cpu_s(server: Server) -> float:
+    """Processor time that all processes of the server have used."""
+    main = psutil.Process(server.process.pid)
+    return sum(sum(p.cpu_times()[:2]) for p in (main, *main.children(recursive=True)))
+
+
+def test_an_idle_server_leaves_the_cores_to_others(serve: Serve) -> None:
+    server = observed(serve)
+    say(server, SHORT)
+    time.sleep(0.5)
+    begun_s, used_s = time.monotonic(), cpu_s(server)
+    time.sleep(WATCHED_S)
+    used_s = cpu_s(server) - used_s
+    assert used_s / (time.monotonic() - begun_s) < MAX_CORES
