@@ -96,7 +96,8 @@ IN_CI = {
     "tests/e2e/test_levers.py -k not text_with_tensor and not two_hundred",
     "pristine: -m pytest -m e2e and not slow tests",
     "pristine: mypy sglang_moelb",
-    "applied: -m pytest -m not e2e and not slow tests/ep/test_seams.py tests/ep/test_runtime.py tests/ep/test_flags.py",
+    "applied: -m pytest -m not e2e and not slow"
+    " tests/ep/test_seams.py tests/ep/test_runtime.py tests/ep/test_flags.py",
     "pristine: -m pytest -m not e2e and not slow tests",
 }
 
