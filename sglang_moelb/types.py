@@ -164,7 +164,7 @@ class StepRecord:
     num_added_rows: int
     experts_ms_L: FloatArray  # grouped GEMMs of this rank
     layer_ms_L: FloatArray  # from before dispatch to after combine, this rank
-    balance_ms: float  # our own observe + exchange + plan + apply, all layers
+    balance_ms: float  # our own observe + exchange + plan + apply: layers by the fastest of them
     step_ms: float
 
     @property

@@ -117,8 +117,11 @@ def main() -> None:
     parser.add_argument("--loads", default="0.75,1,1.25,1.5", help="loads of the table")
     args = parser.parse_args()
     rows = json.loads(args.sweep.read_text())["rows"]
-    # Where nothing is lost, the load is that of no lever.
-    unloaded = next(row["load_mean"] for row in rows if row.get("lost_mass_share") == 0)
+    # Where a drop drops nothing, the load is that of no lever.
+    lossless = [r for r in rows if r.get("lost_mass_share") == 0 and "drop" in r["setting"]]
+    if not lossless:
+        parser.error(f"--sweep {args.sweep}: no drop without a loss in it; sweep larger factors")
+    unloaded = lossless[0]["load_mean"]
     args.out.write_bytes(render(LIGHT, HEIGHT_IN, lambda figure: _draw(figure, rows, unloaded)))
     print(table(rows, [float(load) for load in args.loads.split(",")]))
 

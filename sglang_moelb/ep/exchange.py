@@ -70,6 +70,7 @@ class Agreement:
 
     def start(self, policy: Policy, sizes: Sizes) -> None:
         """Send `sizes` and, on the leader, `policy`; does not wait."""
+        assert self._work is None, "start without finish"
         self._reason = policy.reason
         words = encode(policy) if self._rank == LEADER else (0,) * NUM_WORDS
         mine = torch.tensor(

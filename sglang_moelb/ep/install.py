@@ -130,6 +130,24 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             "levers act in prefill, which needs --deepep-mode normal or auto",
         ),
         (
+            "--deepep-mode auto",
+            given("deepep_mode") == "auto"
+            and given("disaggregation_mode") != "decode"
+            and not (given("disable_cuda_graph") or given("disable_prefill_cuda_graph")),
+            "SGLang then captures prefill in CUDA graphs, which levers cannot act in; use "
+            "--deepep-mode normal, or add --disable-prefill-cuda-graph",
+        ),
+        (
+            f"--speculative-algorithm {given('speculative_algorithm')}",
+            bool(given("speculative_algorithm")),
+            "drafts and their verification are not told from prefill yet; leave the flag out",
+        ),
+        (
+            "--enable-pdmux",
+            bool(given("enable_pdmux")),
+            "prefills that run in parts are not supported yet; leave the flag out",
+        ),
+        (
             "--enable-two-batch-overlap",
             bool(given("enable_two_batch_overlap")),
             "two micro-batches a layer are not supported yet; leave the flag out",

@@ -1,8 +1,8 @@
 """A pass without a lever: all its layers counted and exchanged at once, when it ends.
 
 Nothing in such a pass waits for the counts, so they need not cost a launch a layer before each
-dispatch, where the device waits for the host. The ids of all layers stay alive until then: 4 bytes
-a row and layer, 25 MB for 16,384 tokens, top-8 and 48 layers.
+dispatch, where the device waits for the host. The ids of all layers stay alive until then and are
+copied once: 8 bytes a row and layer, 50 MB for 16,384 tokens, top-8 and 48 layers.
 
 Shape letters: L MoE layers, T rows of this rank, K top-k, R ranks, W width of a layer's row.
 """

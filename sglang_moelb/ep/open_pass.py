@@ -22,7 +22,7 @@ from sglang_moelb.types import Lever, Policy
 
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
 # Marks cost as much host time as launches, and a fit of costs needs no more passes than these.
-TIMED_FIRST, TIMED_EVERY = 4, 4
+TIMED_FIRST, TIMED_EVERY = 4, 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class PassOpener:
         self._controller = controller
         self._opening: Opening | None = None
         self._log: PassLog | None = None
-        self._num_prefills = 0
+        self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
 
@@ -89,7 +89,7 @@ class PassOpener:
             flags_T = token_flags(opening.input_ids_T, opening.requests)
         reason = gate_reason(agreed)
         lever = Lever.NONE if reason else agreed.policy.lever
-        self._num_prefills += prefill
+        self._num_large += prefill and agreed.num_tokens >= agreed.policy.min_batch_tokens
         self._log = PassLog(
             step=self.num_passes,
             agreed=agreed,
@@ -109,7 +109,7 @@ class PassOpener:
         return log
 
     def _is_timed(self, lever: Lever) -> bool:
-        often = self._num_prefills <= TIMED_FIRST or self._num_prefills % TIMED_EVERY == 0
+        often = self._num_large <= TIMED_FIRST or self._num_large % TIMED_EVERY == 0
         return self._controller is not None and (often or lever is not Lever.NONE)
 
 

@@ -157,7 +157,10 @@ def _balance_ms(log: PassLog) -> float:
     if log.observing is not None:
         begun, ended = log.observing
         return begun.ms_until(ended)  # type: ignore[arg-type]
-    return float(_spans(log, "dispatch", "balanced").sum())
+    # Whoever comes first waits for the others in a layer's exchange, as it would in the dispatch:
+    # only the fastest layer shows what is ours.
+    spans_L = _spans(log, "dispatch", "balanced")
+    return float(spans_L.min()) * len(spans_L)
 
 
 def _rows_after(

@@ -310,3 +310,4 @@ def test_a_spent_budget_is_acted_on_at_once() -> None:
     )
     after = controller.step(Observation(record=lossy, now_s=0.001))
     assert after.estimate.spent_mass_share > 0.01
+    assert after.policy.lever is Lever.NONE

@@ -94,7 +94,6 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no file": (CHAT, chat(image("/no/such.png")), "No such file or directory: '/no/such.png'"),
     "no prompt": (COMPLETE, {"model": "x", "prompt": "", "max_tokens": 2}, "cannot be empty"),
     "no text": (GENERATE, {"text": ""}, "the prompt has no tokens"),
-    "no text in a batch": (GENERATE, {"text": ["a", ""]}, "the prompt has no tokens"),
     "no tokens": (GENERATE, {"input_ids": []}, "input_ids cannot be empty"),
     "no input": (GENERATE, {}, "Either text, input_ids or input_embeds should be provided"),
 }

@@ -65,7 +65,12 @@ def agree(
     answers = []
     for policy, mine in passes:
         agreement.start(policy, mine)
+        # SGLang's own host collectives share the group and may come in between.
+        theirs = torch.tensor([rank])
+        dist.all_reduce(theirs, group=group)
         answers.append(agreement.finish())
+        num_ranks = dist.get_world_size(group)
+        assert theirs.item() == num_ranks * (num_ranks - 1) // 2
     return answers
 
 

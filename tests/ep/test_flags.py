@@ -198,7 +198,7 @@ def test_what_the_parser_itself_can_tell_it_refuses_with_the_flag(
 GOOD_SERVER: dict[str, Any] = {
     "moe_a2a_backend": "deepep",
     "tp_size": 2,
-    "deepep_mode": "auto",
+    "deepep_mode": "normal",
     "disaggregation_mode": "null",
     "enable_two_batch_overlap": False,
     "enable_eplb": False,
@@ -214,6 +214,9 @@ GOOD_SERVER: dict[str, Any] = {
         ({"moe_a2a_backend": "mooncake"}, ["--moe-a2a-backend mooncake"]),
         ({"tp_size": 1}, ["--tp-size 1", "use --tp-size 2 or more"]),
         ({"deepep_mode": "low_latency"}, ["--deepep-mode low_latency", "normal or auto"]),
+        ({"deepep_mode": "auto"}, ["--deepep-mode auto", "use --deepep-mode normal, or add"]),
+        ({"speculative_algorithm": "EAGLE"}, ["--speculative-algorithm EAGLE"]),
+        ({"enable_pdmux": True}, ["--enable-pdmux", "leave the flag out"]),
         ({"enable_two_batch_overlap": True}, ["--enable-two-batch-overlap", "leave the flag out"]),
         ({"enable_eplb": True}, ["--enable-eplb", "leave the flag out"]),
         ({"ep_num_redundant_experts": 2}, ["--ep-num-redundant-experts 2", "leave the flag out"]),
@@ -229,6 +232,12 @@ def test_flags_of_sglang_that_cannot_be_balanced_are_refused_by_name(
     message = str(ended.value)
     assert "\n" not in message
     assert all(part in message for part in [*expected, "Or start without the --moelb flags"])
+
+
+@pytest.mark.parametrize("eager", ["disable_cuda_graph", "disable_prefill_cuda_graph"])
+def test_mode_auto_of_deepep_is_taken_where_prefill_has_no_graphs(eager: str) -> None:
+    auto = {**GOOD_SERVER, "deepep_mode": "auto", eager: True}
+    install.refuse_unsupported_flags(argparse.Namespace(**auto))
 
 
 def test_a_decode_role_may_run_low_latency() -> None:

@@ -267,10 +267,13 @@ def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(
     runtime: Runtime, dispatcher: Dispatcher, clock: Clock
 ) -> None:
     clock.lever = Lever.NONE
-    for _ in range(TIMED_FIRST + TIMED_EVERY):
+    numbers = range(1, TIMED_FIRST + 2 * TIMED_EVERY)
+    for _ in numbers:
         serve(runtime, dispatcher, PREFILL)
-    timed = [bool((record.experts_ms_L > 0).all()) for record in clock.records]
-    assert timed == [True] * TIMED_FIRST + [False] * (TIMED_EVERY - 1) + [True]
+        serve(runtime, dispatcher, Requests(runs=((1, False),), phase="prefill"))  # too small
+    timed = [bool((record.experts_ms_L > 0).all()) for record in clock.records[::2]]
+    assert timed == [n <= TIMED_FIRST or n % TIMED_EVERY == 0 for n in numbers]
+    assert timed.count(False) > TIMED_EVERY
     assert all(record.balance_ms > 0 for record in clock.records)
     clock.lever = Lever.DROP
     serve(runtime, dispatcher, PREFILL)
