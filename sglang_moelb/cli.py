@@ -14,6 +14,7 @@ def build() -> typer.Typer:
     """The command line with all sub-commands; `ab` only says what to install if it cannot run."""
     from sglang_moelb.doctor.cli import doctor
     from sglang_moelb.patching.cli import app as patch
+    from sglang_moelb.replay.cli import replay, synthesise
 
     app = typer.Typer(
         no_args_is_help=True,
@@ -23,6 +24,8 @@ def build() -> typer.Typer:
     )
     app.add_typer(patch, name="patch")
     app.command("doctor")(doctor)
+    app.command("replay")(replay)
+    app.command("synthesise")(synthesise)
     if all(find_spec(name) for name in AB_NEEDS):
         from sglang_moelb.ab.cli import ab
 

@@ -26,6 +26,7 @@ from sglang_moelb.words import (
 )
 
 CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
+TRACE_VARIABLE = "SGLANG_MOELB_TRACE"
 STANDIN_VARIABLE = "SGLANG_MOELB_STANDIN"
 
 # Policies travel between ranks as millionths in int64, and capacities are multiplied in int64.
@@ -155,9 +156,16 @@ def from_environment() -> Config | None:
     return parse(load(text)) if text else None
 
 
-def to_environment(config: Config) -> None:
-    """Hand `config` to the processes that this one will spawn."""
+def to_environment(config: Config, trace: str | None = None) -> None:
+    """Hand `config`, and the folder of a trace, to the processes that this one will spawn."""
     os.environ[CONFIG_VARIABLE] = config.to_json()
+    if trace is not None:
+        os.environ[TRACE_VARIABLE] = trace
+
+
+def trace_folder() -> str:
+    """Where to write a trace, or "" for none."""
+    return os.environ.get(TRACE_VARIABLE, "")
 
 
 def standin_requested() -> bool:

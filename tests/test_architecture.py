@@ -29,13 +29,15 @@ ARROWS = MappingProxyType(
         "config": {"types", "words"},
         "controller": {"config", "types", "words"},
         "kernels": {"types"},
-        "ep": {"config", "controller", "kernels", "types"},
+        "trace": {"config", "types"},
+        "ep": {"config", "controller", "kernels", "trace", "types"},
         "plugin": {"config", "ep"},
         "patching": set(),
         "demo": {"ab", "ep"},
         "ab": {"demo", "ep"},
         "doctor": {"config", "ep", "patching", "types"},
-        "cli": {"ab", "demo", "doctor", "patching"},
+        "replay": {"ab", "config", "controller", "trace", "types"},
+        "cli": {"ab", "demo", "doctor", "patching", "replay"},
     }
 )
 SERVING = ("types", "config", "controller", "kernels", "ep", "plugin")

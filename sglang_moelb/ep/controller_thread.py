@@ -18,7 +18,9 @@ from typing import Literal
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.controller.watchdog import is_stale
-from sglang_moelb.types import Effects, Lever, Observation, Policy, StepRecord
+from sglang_moelb.trace.background import BackgroundWriter
+from sglang_moelb.trace.types import TracedPass
+from sglang_moelb.types import Effects, IntArray, Lever, Observation, Policy, StepRecord
 
 State = Literal["running", "dead", "hung"]
 MAX_PENDING = 256
@@ -31,6 +33,7 @@ class Pending:
     """A pass whose record is not built yet; `build` may wait for the device."""
 
     build: Callable[[], StepRecord]
+    rows: Callable[[], IntArray] | None = None  # [L, R, E, M] by source rank; after `build`
 
 
 class ControllerThread:
@@ -41,10 +44,12 @@ class ControllerThread:
         controller: Controller,
         config: Config,
         publish: Callable[[StepRecord, Effects], None],
+        trace: BackgroundWriter | None = None,
     ) -> None:
         self._controller = controller
         self._config = config
         self._publish = publish
+        self._trace = trace
         self._inbox: queue.Queue[Pending | Config | None] = queue.Queue()
         self._policy = controller.policy
         self._effects: Effects | None = None
@@ -104,6 +109,11 @@ class ControllerThread:
         return time.monotonic() - held[max(len(held) - num_unread, 0)]
 
     @property
+    def trace_state(self) -> str:
+        """"off", "running", or why the trace has stopped."""
+        return (self._trace.stopped or "running") if self._trace else "off"
+
+    @property
     def num_submitted(self) -> int:
         """Passes handed over since the start."""
         return self._num_submitted
@@ -140,6 +150,8 @@ class ControllerThread:
             self._inject_fault()
             if isinstance(item, Config):
                 self._policy = self._controller.reconfigure(item)
+                if self._trace:
+                    self._trace.reconfigure(item)
                 continue
             # Between passes the serving thread works in Python on the critical path; during a pass
             # it mostly waits for the device. The interpreter lock is better taken then. A backlog
@@ -147,11 +159,21 @@ class ControllerThread:
             if self._inbox.empty():
                 self._in_pass.wait(timeout=LULL_S)
             record = item.build()
-            effects = self._controller.step(Observation(record=record, now_s=time.monotonic()))
+            now_s = time.monotonic()
+            effects = self._controller.step(Observation(record=record, now_s=now_s))
             self._policy = effects.policy
             self._effects = effects
             self._publish(record, effects)
             self._num_done += 1
+            if self._trace and item.rows:
+                self._trace.add(
+                    TracedPass(
+                        record=record,
+                        rows_LREM=item.rows(),
+                        now_s=now_s,
+                        decision=effects.decision,
+                    )
+                )
 
     def _inject_fault(self) -> None:
         if self._config.fault.controller == "die":

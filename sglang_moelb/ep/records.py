@@ -84,6 +84,16 @@ def close(
     return HostCopy(log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device))
 
 
+def rows_by_source(copy: HostCopy, topology: Topology) -> IntArray:
+    """Top-k rows of a built pass by source rank, int64 [L, R, E, M]. In the controller thread."""
+    counts_LRW = copy.counts_LRW.numpy()
+    counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
+        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
+    )
+    rows_LREM: IntArray = counts_LREC[..., ROWS].astype(np.int64)
+    return rows_LREM
+
+
 def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) -> StepRecord:
     """The record of a closed pass; waits for the device, so never on the hot path.
 

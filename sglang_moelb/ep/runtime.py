@@ -130,7 +130,12 @@ class Runtime:
         counts_LRW, stats_R8 = self._gathered(log)
         if self._controller:
             copy = records.close(log, counts_LRW, stats_R8, self._seat.device)
-            self._controller.submit(Pending(build=lambda: self._record(copy)))
+            self._controller.submit(
+                Pending(
+                    build=lambda: self._record(copy),
+                    rows=lambda: records.rows_by_source(copy, self._seat.topology),
+                )
+            )
 
     def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Every rank's counts of all layers `[L, R, W]`, and what a lever did on each, `[R, 8]`.
@@ -210,6 +215,7 @@ class Runtime:
         answer: dict[str, Any] = {
             "state": self._controller.state,
             "num_passes": self._controller.num_submitted,
+            "trace": self._controller.trace_state,
         }
         effects = self._controller.effects
         if effects:

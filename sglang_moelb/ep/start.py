@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_moelb.config import Config
+from sglang_moelb.config import Config, trace_folder
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_thread import ControllerThread
@@ -18,6 +19,9 @@ from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.trace.background import BackgroundWriter
+from sglang_moelb.trace.types import TraceError
+from sglang_moelb.trace.writer import TraceWriter
 from sglang_moelb.types import Effects, StepRecord, Topology
 
 logger = logging.getLogger("sglang_moelb")
@@ -51,7 +55,10 @@ def attach_to(model_runner: Any, config: Config) -> None:
         ledger = Ledger(seat.topology)
         metrics = Metrics.if_enabled()
         controller = ControllerThread(
-            Controller(config, seat.topology), config, _publisher(ledger, metrics)
+            Controller(config, seat.topology),
+            config,
+            _publisher(ledger, metrics),
+            _trace(seat, config),
         )
         if metrics:
             metrics.watch(controller)
@@ -78,6 +85,18 @@ def attach_to(model_runner: Any, config: Config) -> None:
         seat.topology.num_ranks,
         seat.form,
     )
+
+
+def _trace(seat: Seat, config: Config) -> BackgroundWriter | None:
+    """The trace that was asked for; ends the process where it cannot be written."""
+    folder = trace_folder()
+    if not folder:
+        return None
+    try:
+        writer = TraceWriter(Path(folder), topology=seat.topology, rank=seat.rank, config=config)
+    except TraceError as error:
+        sys.exit(f"sglang_moelb: --moelb-trace: {error}")
+    return BackgroundWriter(writer)
 
 
 def _publisher(ledger: Ledger, metrics: Metrics | None) -> Any:

@@ -49,7 +49,9 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(install, "refuse_taken_port", lambda args: seen.append("tried the port"))
     monkeypatch.setattr(install, "install_in_main", lambda: seen.append("installed"))
     monkeypatch.setattr(
-        configuration, "to_environment", lambda config: seen.append(f"handed on {config.mode}")
+        configuration, "to_environment", lambda config, trace: seen.append(
+            f"handed on {config.mode}" + (f", trace {trace}" if trace else "")
+        )
     )
     return seen
 
@@ -65,6 +67,8 @@ def test_without_flags_there_is_no_configuration_and_nothing_is_done(done: list[
 def test_with_a_flag_sglangs_are_checked_first_and_the_processes_are_told(done: list[str]) -> None:
     flags.take_arguments(parse("--moelb-mode", "drop"))
     assert done == ["checked SGLang's flags", "tried the port", "handed on drop", "installed"]
+    flags.take_arguments(parse("--moelb-trace", "some/folder"))
+    assert done[-2:] == ["handed on none, trace some/folder", "installed"]
 
 
 def test_any_one_flag_asks_for_the_plugin_in_mode_none() -> None:

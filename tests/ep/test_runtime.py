@@ -73,6 +73,7 @@ class Clock:
         self.configs: list[Config] = []
         self.records: list[Any] = []
         self.state = "running"
+        self.trace_state = "off"
         self.effects = None
         self.lever = Lever.DROP
 
