@@ -86,11 +86,7 @@ def close(
 
 def rows_by_source(copy: HostCopy, topology: Topology) -> IntArray:
     """Top-k rows of a built pass by source rank, int64 [L, R, E, M]. In the controller thread."""
-    counts_LRW = copy.counts_LRW.numpy()
-    counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
-        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
-    )
-    rows_LREM: IntArray = counts_LREC[..., ROWS].astype(np.int64)
+    rows_LREM: IntArray = _counts(copy, topology)[..., ROWS].astype(np.int64)
     return rows_LREM
 
 
@@ -104,9 +100,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
         copy.ended.wait()
     log = copy.log
     counts_LRW = copy.counts_LRW.numpy()
-    counts_LREC = counts_LRW[:, :, NUM_HEADER:].reshape(
-        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
-    )
+    counts_LREC = _counts(copy, topology)
     stats_8 = [0] * 8 if copy.stats_R8 is None else copy.stats_R8.numpy().sum(axis=0).tolist()
     header_RW = counts_LRW[0, :, :NUM_HEADER].astype(np.int64)
     # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
@@ -146,6 +140,14 @@ def routed_rank_rows(rows_LEM: IntArray, num_ranks: int) -> IntArray:
     """Rows on each rank before any lever, `[L, R]`, from a record's rows by modality."""
     # An expert's modalities lie side by side, so they add up with the experts of its rank.
     return rank_rows(rows_LEM.reshape(len(rows_LEM), -1), num_ranks)
+
+
+def _counts(copy: HostCopy, topology: Topology) -> np.ndarray:
+    """The counts of experts without the headers, int32 `[L, R, E, C]`."""
+    counts_LRW = copy.counts_LRW.numpy()
+    return counts_LRW[:, :, NUM_HEADER:].reshape(
+        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
+    )
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
