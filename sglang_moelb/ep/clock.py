@@ -15,6 +15,10 @@ class Mark(Protocol):
         """Milliseconds from this mark to `later`; both must have been reached."""
         ...
 
+    def is_reached(self) -> bool:
+        """Whether it has been reached; does not wait."""
+        ...
+
 
 class HostMark:
     """A point on the host clock."""
@@ -25,6 +29,10 @@ class HostMark:
     def ms_until(self, later: HostMark) -> float:
         """Milliseconds between two host marks."""
         return (later.s - self.s) * 1e3
+
+    def is_reached(self) -> bool:
+        """Always: it was made when it was reached."""
+        return True
 
 
 class DeviceMark:
@@ -38,9 +46,9 @@ class DeviceMark:
         """Milliseconds between two device marks; the host must have waited for the later one."""
         return float(self.event.elapsed_time(later.event))
 
-    def wait(self) -> None:
-        """Block this thread, with the interpreter lock released, until the mark is reached."""
-        self.event.synchronize()
+    def is_reached(self) -> bool:
+        """Whether the stream has passed the mark; does not wait."""
+        return bool(self.event.query())
 
 
 def mark_on(device: torch.device) -> HostMark | DeviceMark:

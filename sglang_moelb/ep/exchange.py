@@ -10,46 +10,16 @@ Shape letters: R ranks, W row width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
 from sglang_moelb.controller.encode import NUM_WORDS, decode, encode
+from sglang_moelb.ep.agreed import PHASES, Agreed, Sizes
 from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
 LEADER = 0
-PHASES = ("idle", "decode", "prefill")
 NUM_SIZES = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """What one rank brings to a pass: real tokens (no padding), those of prefill, and the phase."""
-
-    num_tokens: int
-    num_prefill_tokens: int
-    num_protected_tokens: int
-    phase: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreed:
-    """What all ranks hold after the agreement of a pass, in rank order."""
-
-    policy: Policy
-    sizes_R: tuple[Sizes, ...]
-
-    @property
-    def phase(self) -> str:
-        """Prefill if any rank prefills, else decode if any decodes, else idle."""
-        return max((s.phase for s in self.sizes_R), key=PHASES.index)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens over all ranks."""
-        return sum(s.num_tokens for s in self.sizes_R)
 
 
 class Agreement:

@@ -24,7 +24,7 @@ def observe(
     *,
     num_experts: int,
 ) -> torch.Tensor:
-    """Every rank's counts of every layer, `[L, R, W]` int32, on the ids' device; no host sync.
+    """Every rank's counts of every layer, `[R, L, W]` int32, on the ids' device; no host sync.
 
     `ids_L` holds one `[T, K]` a layer; all ranks must bring as many. Runs on every rank, also on
     one without tokens, because it ends in a collective. Source: ours.
@@ -32,4 +32,4 @@ def observe(
     rows_LW = count_layers(torch.stack(list(ids_L)), flags_T, num_experts=num_experts)
     num_layers, width = rows_LW.shape
     gathered = exchange.gather(rows_LW.view(-1))
-    return gathered.view(-1, num_layers, width).transpose(0, 1)
+    return gathered.view(-1, num_layers, width)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import mark_on
-from sglang_moelb.ep.controller_thread import ControllerThread
-from sglang_moelb.ep.exchange import Agreed, Agreement, Sizes
+from sglang_moelb.ep.controller_link import ControllerLink
+from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.modality import Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
@@ -39,7 +40,7 @@ class PassOpener:
     """Opens the passes of one rank: `begin` sends, `opened` waits when the pass is first needed."""
 
     def __init__(
-        self, seat: Seat, agreement: Agreement, controller: ControllerThread | None
+        self, seat: Seat, agreement: Agreement, controller: ControllerLink | None
     ) -> None:
         self._seat = seat
         self._agreement = agreement
@@ -73,14 +74,14 @@ class PassOpener:
             flags_T=token_flags(input_ids_T, requests) if prefills else None,
             begun=begun,
         )
-        if self._controller:
-            self._controller.pass_begun()
 
     def opened(self) -> PassLog | None:
         """The pass under way, or None; waits for the agreement when first asked."""
         opening, self._opening = self._opening, None
         if opening is None:
             return self._log
+        if self._controller:
+            self._controller.pass_begun()
         agreed = self._agreement.finish()
         self.policy = agreed.policy
         prefill = agreed.phase == "prefill"

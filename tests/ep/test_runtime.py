@@ -12,12 +12,15 @@ import torch
 
 from sglang_moelb.config import KNOB_PREFIX, Config, merge, policy_of, to_numbers
 from sglang_moelb.ep import points
-from sglang_moelb.ep.exchange import Agreed, Sizes
+from sglang_moelb.ep.agreed import Agreed, Sizes
+from sglang_moelb.ep.build_record import build
 from sglang_moelb.ep.modality import Requests, RowWindow
 from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
+from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.types import Lever, Policy
 
 from .layers import NUM_EXPERTS, TOPK, layer_input, topology
@@ -67,19 +70,12 @@ class Mirroring:
 
 
 class Clock:
-    """A controller thread that takes what it is given."""
+    """A controller that takes what it is given."""
 
     def __init__(self) -> None:
         self.configs: list[Config] = []
         self.records: list[Any] = []
-        self.state = "running"
-        self.trace_state = "off"
-        self.effects = None
         self.lever = Lever.DROP
-
-    @property
-    def num_submitted(self) -> int:
-        return len(self.records)
 
     def pass_begun(self) -> None:
         """Nothing to do."""
@@ -90,8 +86,16 @@ class Clock:
     def reconfigure(self, config: Config) -> None:
         self.configs.append(config)
 
-    def submit(self, pending: Any) -> None:
-        self.records.append(pending.build())
+    def submit(self, log: PassLog, counts_RLW: torch.Tensor, stats_R8: Any) -> None:
+        sizes = replace(topology(NUM_RANKS), num_layers=counts_RLW.shape[1])
+        shared = SharedCounts.create(sizes)
+        told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[0]), now_s=0.0)
+        self.records.append(
+            build(told, shared.counts_SRLW[0], shared.stats_SR8[0], sizes, 0, mass_per_token=1.0)
+        )
+
+    def status(self) -> Any:
+        return {"state": "running"}, {}, []
 
 
 @pytest.fixture
@@ -129,7 +133,7 @@ def runtime(
     )
     for seam in SEAMS:
         points.num_passed[seam.name] += 1
-    yield Runtime(seat, START, agreeing, mirroring, clock, None)  # type: ignore[arg-type]
+    yield Runtime(seat, START, agreeing, mirroring, clock)  # type: ignore[arg-type]
     points.detach()
 
 
