@@ -154,7 +154,7 @@ def _runtime(group: dist.ProcessGroup, config: Config, dispatchers: list[Dispatc
     controller = (
         ControllerLink(topology, config, rank=rank, device=seat.device) if rank == 0 else None
     )
-    return Runtime(seat, config, Agreement(group), Exchange(group), controller)
+    return Runtime(seat, config, Agreement(group, one_host=True), Exchange(group), controller)
 
 
 def serve(rank: int, store: str, given: argparse.Namespace) -> None:

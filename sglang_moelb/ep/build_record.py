@@ -23,7 +23,7 @@ from sglang_moelb.kernels.row_layout import (
     NUM_COUNTS,
     NUM_HEADER,
 )
-from sglang_moelb.types import IntArray, Lever, Rule, Scope, StepRecord, Topology
+from sglang_moelb.types import FloatArray, IntArray, Lever, Rule, Scope, StepRecord, Topology
 
 ROWS = [C_TEXT_ROWS, C_VISION_ROWS]
 
@@ -66,8 +66,8 @@ def build(
         moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
         num_dropped_rows=stats_8[3],
         num_added_rows=stats_8[4] + stats_8[7],
-        experts_ms_L=np.array(raw.experts_ms_L),
-        layer_ms_L=np.array(raw.layer_ms_L),
+        experts_ms_L=_times(raw.experts_ms_L, topology),
+        layer_ms_L=_times(raw.layer_ms_L, topology),
         balance_ms=raw.balance_ms,
         step_ms=raw.step_ms,
     )
@@ -98,6 +98,10 @@ def _counts(counts_RLW: np.ndarray, topology: Topology) -> np.ndarray:
         num_ranks, num_layers, topology.num_experts, NUM_COUNTS
     )
     return counts_RLEC.transpose(1, 0, 2, 3)
+
+
+def _times(times_ms_L: list[float], topology: Topology) -> FloatArray:
+    return np.array(times_ms_L) if times_ms_L else np.zeros(topology.num_layers)
 
 
 def _rows_after(

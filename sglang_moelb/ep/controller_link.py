@@ -125,20 +125,20 @@ class ControllerLink:
         slot = self._slots[self._num_submitted % len(self._slots)]
         self._num_submitted += 1
         self._outbox.append(records.close(log, counts_RLW, stats_R8, slot))
-        self._exchange()
+        self._take_turn(self._tell)
         if not self._left.is_set():
             self._left.set()
 
     def pass_begun(self) -> None:
         """Use the time in which the ranks' messages of a new pass travel."""
         if self._outbox:
-            self._exchange()
+            self._take_turn(self._tell)
 
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
         self._outbox.append(config)
-        self._exchange()
+        self._take_turn(self._tell)
         self._left.set()
 
     def stop(self) -> None:
@@ -155,7 +155,6 @@ class ControllerLink:
 
     def policy(self) -> Policy:
         """The policy for the next pass; `none` with the reason while nobody controls."""
-        self._exchange()
         state = self.state
         if state != self._last_state:
             self._last_state = state
@@ -167,10 +166,10 @@ class ControllerLink:
 
     @property
     def state(self) -> State:
-        """Whether the process answers."""
-        code = self._process.poll()
-        if code is not None or self._is_closed:
-            self._exchange(wait=True)  # its last words may still lie in the socket
+        """Whether the process answers; takes in what it has said."""
+        self._take_turn(self._hear)
+        if self._is_closed:
+            code = self._process.poll()
             if code is not None and not self._error:
                 self._error = _how_it_ended(code)
             return "dead"
@@ -185,10 +184,10 @@ class ControllerLink:
 
     def status(self) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
         """The controller, totals and the last passes as the status shows them, plain JSON types."""
-        self._exchange()
+        state = self.state
         unpacked = msgspec.msgpack.decode
         controller: dict[str, Any] = {
-            "state": self.state,
+            "state": state,
             "process_id": self._process.pid,
             "num_passes": self._num_submitted,
             "trace": self._trace_state,
@@ -215,12 +214,11 @@ class ControllerLink:
         self._socket.setblocking(False)
         return message
 
-    def _exchange(self, *, wait: bool = False) -> None:
-        """Tell what is to be told and take what has come, unless the other thread does."""
-        if self._turn.acquire(blocking=wait):
+    def _take_turn(self, work: Callable[[], None]) -> None:
+        """Tell what is to be told or take what has come, unless the other thread does just that."""
+        if self._turn.acquire(blocking=False):
             try:
-                self._hear()
-                self._tell()
+                work()
             except ConnectionError:
                 self._is_closed = True
                 self._outbox.clear()
@@ -245,7 +243,9 @@ class ControllerLink:
             self._outbox.popleft()
 
     def _hear(self) -> None:
-        while True:
+        """Take what has come; ConnectionError where nothing will come any more."""
+        is_more = True
+        while is_more:
             try:
                 packet = self._socket.recv(MAX_PACKET_BYTES)
             except BlockingIOError:
@@ -253,12 +253,13 @@ class ControllerLink:
             if not packet:
                 raise ConnectionResetError
             self._take(from_controller(packet))
+            is_more = bool(self._told_s) or bool(self._error)
 
     def _take(self, message: FromController) -> None:
         if isinstance(message, Died):
             self._error = message.error
             return
-        self._policy = message.policy
+        self._policy = message.policy or self._policy
         if isinstance(message, Answer):
             self._answer = message
             self._totals = message.totals
@@ -274,7 +275,8 @@ class ControllerLink:
             self._stopping.wait(LULL_S)
             # Cleared before it looks, so that what is submitted meanwhile sets it again.
             self._left.clear()
-            self._exchange()
+            self._take_turn(self._hear)
+            self._take_turn(self._tell)
             if (self._outbox or self._told_s) and not self._is_closed:
                 self._left.set()
 

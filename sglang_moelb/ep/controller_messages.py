@@ -35,7 +35,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class RawPass(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A pass that the device has ended, with its counts in slot `slot`.
 
-    `now_s` is the time that the controller is told, on the clock that all processes share.
+    `now_s` is the time that the controller is told, on the clock that all processes share; the
+    times of layers are missing where they were not taken.
     """
 
     slot: int
@@ -65,9 +66,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A pass has been read and its slot is free; what the status shows comes packed as it is."""
+    """A pass has been read and its slot is free; what the status shows comes packed as it is.
 
-    policy: Policy
+    `policy` is None where it is the one that was said last.
+    """
+
+    policy: Policy | None
     trace_state: str
     decision: msgspec.Raw
     totals: msgspec.Raw

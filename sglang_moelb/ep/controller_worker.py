@@ -17,7 +17,7 @@ from sglang_moelb.ep.status import Ledger
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TracedPass
 from sglang_moelb.trace.writer import TraceWriter
-from sglang_moelb.types import Lever, Observation, StepRecord
+from sglang_moelb.types import Lever, Observation, Policy, StepRecord
 
 
 class Worker:
@@ -27,6 +27,7 @@ class Worker:
         self._setup = setup
         self._shared = shared
         self._controller = Controller(setup.config, setup.topology)
+        self._said = self._controller.policy
         self._ledger = Ledger(setup.topology)
         self._trace = _trace(setup)
         self._metrics = Metrics() if setup.has_metrics else None
@@ -34,7 +35,7 @@ class Worker:
 
     def ready(self) -> Ready:
         """What to say before the first pass."""
-        return Ready(policy=self._controller.policy, totals=raw(self._ledger.totals()))
+        return Ready(policy=self._said, totals=raw(self._ledger.totals()))
 
     def read(self, told: RawPass) -> Answer:
         """Take in one pass; its slot is not read any more afterwards."""
@@ -63,7 +64,7 @@ class Worker:
             )
         decision = effects.decision
         return Answer(
-            policy=effects.policy,
+            policy=self._news(effects.policy),
             trace_state=self._trace_state(),
             decision=raw(
                 {
@@ -79,15 +80,22 @@ class Worker:
 
     def reconfigure(self, config: Config) -> Changed:
         """Take a new configuration."""
-        policy = self._controller.reconfigure(config)
+        self._said = self._controller.reconfigure(config)
         if self._trace:
             self._trace.reconfigure(config)
-        return Changed(policy=policy)
+        return Changed(policy=self._said)
 
     def close(self) -> None:
         """Write what is left of the trace."""
         if self._trace:
             self._trace.close()
+
+    def _news(self, policy: Policy) -> Policy | None:
+        """`policy` unless it was said last."""
+        if policy == self._said:
+            return None
+        self._said = policy
+        return policy
 
     def _learn_mass(self, record: StepRecord) -> None:
         num_rows = int(record.num_tokens_R.sum()) * self._setup.topology.num_layers

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from sglang_moelb.controller.encode import NUM_WORDS, decode, encode
 from sglang_moelb.ep.agreed import PHASES, Agreed, Sizes
+from sglang_moelb.ep.host_gather import host_gather
 from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
@@ -28,42 +29,34 @@ class Agreement:
     `start` and `finish` take turns; between them the ranks' messages travel while the host works.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, *, one_host: bool = False) -> None:
+        """`group` is of gloo; `one_host` says that its ranks share one."""
         self._rank = dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
-        self._rows = torch.empty(self._num_ranks, NUM_WORDS + NUM_SIZES, dtype=torch.int64)
-        self._work: dist.Work | None = None
+        self._gather = host_gather(group, NUM_WORDS + NUM_SIZES, one_host=one_host)
         self._reason = ""
-        self._last_words: tuple[int, ...] = ()
+        self._encoded: tuple[Policy | None, tuple[int, ...]] = (None, (0,) * NUM_WORDS)
+        self._last_words: list[int] = []
         self._last_policy = Policy(epoch=0)
 
     def start(self, policy: Policy, sizes: Sizes) -> None:
         """Send `sizes` and, on the leader, `policy`; does not wait."""
-        assert self._work is None, "start without finish"
         self._reason = policy.reason
-        words = encode(policy) if self._rank == LEADER else (0,) * NUM_WORDS
-        mine = torch.tensor(
-            [
-                *words,
+        if self._rank == LEADER and policy is not self._encoded[0]:
+            self._encoded = policy, encode(policy)
+        self._gather.start(
+            (
+                *self._encoded[1],
                 sizes.num_tokens,
                 sizes.num_prefill_tokens,
                 sizes.num_protected_tokens,
                 PHASES.index(sizes.phase),
-            ],
-            dtype=torch.int64,
-        )
-        self._work = dist.all_gather_into_tensor(
-            self._rows.view(-1), mine, group=self._group, async_op=True
+            )
         )
 
     def finish(self) -> Agreed:
         """Wait for all ranks and adopt the leader's policy."""
-        assert self._work is not None, "finish without start"
-        self._work.wait()
-        self._work = None
-        rows = self._rows.tolist()
-        agreed_words = tuple(rows[LEADER][:NUM_WORDS])
+        rows = self._gather.finish()
+        agreed_words = rows[LEADER][:NUM_WORDS]
         # The leader decodes its own words too: it must not act on digits that did not travel.
         reason = self._reason if self._rank == LEADER else "agreed with the leader"
         if (agreed_words, reason) != (self._last_words, self._last_policy.reason):

@@ -76,23 +76,32 @@ class PassOpener:
         )
 
     def opened(self) -> PassLog | None:
-        """The pass under way, or None; waits for the agreement when first asked."""
-        opening, self._opening = self._opening, None
+        """The pass under way, or None; waits for the agreement when first asked.
+
+        None also for a pass in which no rank prefills: no lever can act in it, and decode would pay
+        for the exchange with every token. All ranks have agreed on the phase, so all stay out of
+        the exchange together.
+        """
+        opening = self._opening
         if opening is None:
             return self._log
+        self._opening = None
         if self._controller:
             self._controller.pass_begun()
         agreed = self._agreement.finish()
         self.policy = agreed.policy
-        prefill = agreed.phase == "prefill"
+        step = self.num_passes
+        self.num_passes += 1
+        if agreed.phase != "prefill":
+            return None
         flags_T = opening.flags_T
-        if prefill and flags_T is None:
+        if flags_T is None:
             flags_T = token_flags(opening.input_ids_T, opening.requests)
         reason = gate_reason(agreed)
         lever = Lever.NONE if reason else agreed.policy.lever
-        self._num_large += prefill and agreed.num_tokens >= agreed.policy.min_batch_tokens
+        self._num_large += agreed.num_tokens >= agreed.policy.min_batch_tokens
         self._log = PassLog(
-            step=self.num_passes,
+            step=step,
             agreed=agreed,
             lever=lever,
             gate_reason=reason,
@@ -100,11 +109,10 @@ class PassOpener:
             timed=self._is_timed(lever),
             flags_T=flags_T,
         )
-        self.num_passes += 1
         return self._log
 
     def close(self) -> PassLog | None:
-        """The pass that ends, or None; no pass is under way afterwards."""
+        """The pass that ends, or None as `opened`; no pass is under way afterwards."""
         log = self.opened()
         self._log = None
         return log

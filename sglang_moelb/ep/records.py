@@ -31,7 +31,7 @@ Marks = dict[str, AnyMark]
 class PassLog:
     """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
 
-    `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, or nothing: see `timed`.
+    `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, where `timed`, else none.
     """
 
     step: int
@@ -40,11 +40,11 @@ class PassLog:
     gate_reason: str
     begun: AnyMark
     timed: bool
-    flags_T: torch.Tensor | None  # of the batch's rows, in a prefill pass
+    flags_T: torch.Tensor | None  # of the batch's rows
     ids_L: list[torch.Tensor] = field(default_factory=list)
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
-    observing: tuple[AnyMark, AnyMark] | None = None
+    observing: AnyMark | None = None  # when all layers' counting began, without a lever
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,27 +103,26 @@ def raw_of(closed: ClosedPass, now_s: float) -> RawPass:
         agreed=log.agreed,
         lever=log.lever,
         gate_reason=log.gate_reason,
-        experts_ms_L=_spans(log, "experts", "combine"),
-        layer_ms_L=_spans(log, "dispatch", "combined"),
-        balance_ms=_balance_ms(log),
+        experts_ms_L=_spans(closed, "experts", "combine"),
+        layer_ms_L=_spans(closed, "dispatch", "combined"),
+        balance_ms=_balance_ms(closed),
         step_ms=log.begun.ms_until(closed.ended),  # type: ignore[arg-type]
     )
 
 
-def _spans(log: PassLog, first: str, last: str) -> list[float]:
+def _spans(closed: ClosedPass, first: str, last: str) -> list[float]:
     return [
         marks[first].ms_until(marks[last])  # type: ignore[arg-type]
         if first in marks and last in marks
         else 0.0
-        for marks in log.marks_L
+        for marks in closed.log.marks_L
     ]
 
 
-def _balance_ms(log: PassLog) -> float:
-    if log.observing is not None:
-        begun, ended = log.observing
-        return begun.ms_until(ended)  # type: ignore[arg-type]
+def _balance_ms(closed: ClosedPass) -> float:
+    if closed.log.observing is not None:
+        return closed.log.observing.ms_until(closed.ended)  # type: ignore[arg-type]
     # Whoever comes first waits for the others in a layer's exchange, as it would in the dispatch:
     # only the fastest layer shows what is ours.
-    spans_L = _spans(log, "dispatch", "balanced")
+    spans_L = _spans(closed, "dispatch", "balanced")
     return min(spans_L) * len(spans_L)

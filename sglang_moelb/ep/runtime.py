@@ -50,6 +50,7 @@ class Runtime:
         self._controller = controller
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
+        self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
         self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
         self._seams_verified = False
 
@@ -66,17 +67,18 @@ class Runtime:
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
-        layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
-        if layer is None or not _is_normal(dispatcher):
-            return topk_output
         log = self._passes.opened()
-        if log is None or log.agreed.phase != "prefill":
-            # No lever can act, and decode would pay for the exchange with every token. All ranks
-            # have agreed on the phase, so all stay out of this pass's exchange together.
+        layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
+        if log is None or layer is None:
             return topk_output
-        log.marks_L.append({})
-        self._marks = log.marks_L[-1] if log.timed else None
-        self._mark("dispatch")
+        if log is not self._normal_log:  # of one mode in all layers
+            if not _is_normal(dispatcher):
+                return topk_output
+            self._normal_log = log
+        if log.timed:
+            self._marks = {}
+            log.marks_L.append(self._marks)
+            self._mark("dispatch")
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
@@ -115,12 +117,13 @@ class Runtime:
     def end_pass(self) -> None:
         """Close the pass and hand it to the controller."""
         log = self._passes.close()
+        self._normal_log = None
         if log is None:
             return
-        if log.agreed.phase == "prefill" and not self._seams_verified:
+        if not self._seams_verified:
             verify_passed()
             self._seams_verified = True
-        if not log.marks_L:
+        if not (log.ids_L or log.outcomes_L):
             return
         counts_RLW, stats_R8 = self._gathered(log)
         if self._controller:
@@ -135,14 +138,13 @@ class Runtime:
             stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
             stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
             return torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1), stats_R8
-        begun = mark_on(self._seat.device)
+        log.observing = mark_on(self._seat.device)
         counts_RLW = observe(
             log.ids_L,
             self._flags_of(log, log.ids_L[0].shape[0]),
             self._exchange,
             num_experts=self._seat.topology.num_experts,
         )
-        log.observing = (begun, mark_on(self._seat.device))
         return counts_RLW, None
 
     def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:

@@ -40,17 +40,18 @@ def attach_to(model_runner: Any, config: Config) -> None:
     parallel = get_parallel()
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
+    one_host = model_runner.server_args.nnodes == 1
     controller = _controller(seat, config) if seat.rank == LEADER else None
     runtime = Runtime(
         seat,
         config,
-        Agreement(group.cpu_group),
+        Agreement(group.cpu_group, one_host=one_host),
         exchange_for(
             group.device_group,
             num_layers=seat.topology.num_layers,
             num_experts=seat.topology.num_experts,
             device=seat.device,
-            one_host=model_runner.server_args.nnodes == 1,
+            one_host=one_host,
         ),
         controller,
     )
