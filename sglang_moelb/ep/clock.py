@@ -19,6 +19,10 @@ class Mark(Protocol):
         """Whether it has been reached; does not wait."""
         ...
 
+    def give_back(self) -> None:
+        """Let go of what the mark holds; it is not used any more."""
+        ...
+
 
 class HostMark:
     """A point on the host clock."""
@@ -34,12 +38,20 @@ class HostMark:
         """Always: it was made when it was reached."""
         return True
 
+    def give_back(self) -> None:
+        """Nothing to give."""
+
+
+_spare_events: list[torch.cuda.Event] = []  # to make one costs as much as to record it
+
 
 class DeviceMark:
     """A point on the current CUDA stream; readable once the stream has passed it."""
 
     def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
+        self.event = (
+            _spare_events.pop() if _spare_events else torch.cuda.Event(enable_timing=True)
+        )
         self.event.record()
 
     def ms_until(self, later: DeviceMark) -> float:
@@ -49,6 +61,10 @@ class DeviceMark:
     def is_reached(self) -> bool:
         """Whether the stream has passed the mark; does not wait."""
         return bool(self.event.query())
+
+    def give_back(self) -> None:
+        """Let another mark have the event; this one is not used any more."""
+        _spare_events.append(self.event)
 
 
 def mark_on(device: torch.device) -> HostMark | DeviceMark:

@@ -104,7 +104,7 @@ class ControllerLink:
         self._is_closed = False
         self._last_state: State = "running"
         self.on_state: Callable[[State], None] = lambda state: None
-        self._outbox: deque[ClosedPass | Config] = deque()
+        self._outbox: deque[ClosedPass | bytes] = deque()
         self._told_s: deque[float] = deque()  # of each pass that is not answered yet
         self._num_submitted = self._num_answered = 0
         self._turn = threading.Lock()
@@ -137,7 +137,7 @@ class ControllerLink:
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
-        self._outbox.append(config)
+        self._outbox.append(encode(NewConfig(config=config)))
         self._take_turn(self._tell)
         self._left.set()
 
@@ -228,18 +228,16 @@ class ControllerLink:
     def _tell(self) -> None:
         while self._outbox:
             first = self._outbox[0]
-            if isinstance(first, Config):
-                packet = encode(NewConfig(config=first))
-            elif first.ended.is_reached():
-                packet = encode(records.raw_of(first, time.monotonic()))
-            else:
-                return
+            if isinstance(first, ClosedPass):
+                if not first.ended.is_reached():
+                    return
+                first = encode(records.raw_of(first, time.monotonic()))
+                self._told_s.append(time.monotonic())
+                self._outbox[0] = first
             try:
-                self._socket.send(packet)
+                self._socket.send(first)
             except BlockingIOError:
                 return
-            if isinstance(first, ClosedPass):
-                self._told_s.append(time.monotonic())
             self._outbox.popleft()
 
     def _hear(self) -> None:

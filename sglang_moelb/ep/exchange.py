@@ -76,9 +76,17 @@ class Exchange:
         self._group = group
         self._num_ranks = dist.get_world_size(group)
 
+    def place(self, width: int) -> torch.Tensor | None:
+        """Memory that the next gather would take a row of `width` from without a copy, or None."""
+        return None
+
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32, on the device of `row_W`."""
         return gather_rows(row_W, self._num_ranks, self._group)
+
+    def offer(self, row_W: torch.Tensor) -> None:
+        """Take part in a gather whose rows this rank does not want."""
+        self.gather(row_W)
 
 
 class SymmetricExchange:
@@ -101,20 +109,42 @@ class SymmetricExchange:
         self._handle = symmetric.rendezvous(self._buffer, group.group_name)
         self._num_ranks = dist.get_world_size(group)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._places: dict[tuple[int, int], torch.Tensor] = {}
         self._turn = 0
+
+    def place(self, width: int) -> torch.Tensor:
+        """Memory that the next gather takes a row of `width` from without a copy.
+
+        AssertionError for a row wider than the buffer.
+        """
+        assert width <= self._max_width, (width, self._max_width)
+        return self._own(self._start(), width)
 
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32; every rank must bring the same W.
 
         AssertionError for a row wider than the buffer.
         """
-        width = row_W.numel()
-        assert width <= self._max_width, (width, self._max_width)
-        start = (self._turn % self.NUM_SLOTS) * self._max_width
-        self._turn += 1
-        self._buffer[start : start + width].copy_(row_W)
-        self._handle.barrier(channel=0)
+        start, width = self._start(), row_W.numel()
+        self.offer(row_W)
         return torch.cat(self._peers(start, width)).view(self._num_ranks, width)
+
+    def offer(self, row_W: torch.Tensor) -> None:
+        """Take part in a gather whose rows this rank does not want; for the rest as `gather`."""
+        place_W = self.place(row_W.numel())
+        if place_W.data_ptr() != row_W.data_ptr():
+            place_W.copy_(row_W)
+        self._turn += 1
+        self._handle.barrier(channel=0)
+
+    def _start(self) -> int:
+        return (self._turn % self.NUM_SLOTS) * self._max_width
+
+    def _own(self, start: int, width: int) -> torch.Tensor:
+        key = (start, width)
+        if key not in self._places:
+            self._places[key] = self._buffer[start : start + width]
+        return self._places[key]
 
     def _peers(self, start: int, width: int) -> list[torch.Tensor]:
         key = (start, width)

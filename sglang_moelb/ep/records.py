@@ -9,6 +9,7 @@ Shape letters: T rows of this rank, L MoE layers, R ranks, W width of a row of c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -94,9 +95,12 @@ def close(
 
 
 def raw_of(closed: ClosedPass, now_s: float) -> RawPass:
-    """What is to be told of a pass that the device has ended; `now_s` as in `RawPass`."""
+    """What is to be told of a pass that the device has ended; `now_s` as in `RawPass`.
+
+    Once for each pass: its marks are given back.
+    """
     log = closed.log
-    return RawPass(
+    raw = RawPass(
         slot=closed.slot,
         now_s=now_s,
         step=log.step,
@@ -108,6 +112,18 @@ def raw_of(closed: ClosedPass, now_s: float) -> RawPass:
         balance_ms=_balance_ms(closed),
         step_ms=log.begun.ms_until(closed.ended),  # type: ignore[arg-type]
     )
+    for mark in _marks_of(closed):
+        mark.give_back()
+    return raw
+
+
+def _marks_of(closed: ClosedPass) -> Iterator[AnyMark]:
+    log = closed.log
+    yield from (log.begun, closed.ended)
+    if log.observing is not None:
+        yield log.observing
+    for marks in log.marks_L:
+        yield from marks.values()
 
 
 def _spans(closed: ClosedPass, first: str, last: str) -> list[float]:

@@ -125,27 +125,32 @@ class Runtime:
             self._seams_verified = True
         if not (log.ids_L or log.outcomes_L):
             return
-        counts_RLW, stats_R8 = self._gathered(log)
-        if self._controller:
-            self._controller.submit(log, counts_RLW, stats_R8)
+        gathered = self._gathered(log)
+        if self._controller and gathered:
+            self._controller.submit(log, *gathered)
 
-    def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Every rank's counts of all layers `[R, L, W]`, and what a lever did on each, `[R, 8]`.
 
-        Ends in a collective, so every rank comes here, also without a controller.
+        Ends in a collective, so every rank comes here; None where no controller wants the counts.
         """
-        if log.lever is not Lever.NONE:
-            stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
-            stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
-            return torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1), stats_R8
-        log.observing = mark_on(self._seat.device)
-        counts_RLW = observe(
-            log.ids_L,
-            self._flags_of(log, log.ids_L[0].shape[0]),
-            self._exchange,
-            num_experts=self._seat.topology.num_experts,
-        )
-        return counts_RLW, None
+        wanted = self._controller is not None
+        if log.lever is Lever.NONE:
+            log.observing = mark_on(self._seat.device) if wanted else None
+            counts_RLW = observe(
+                log.ids_L,
+                self._flags_of(log, log.ids_L[0].shape[0]),
+                self._exchange,
+                num_experts=self._seat.topology.num_experts,
+                wanted=wanted,
+            )
+            return None if counts_RLW is None else (counts_RLW, None)
+        stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
+        if not wanted:
+            self._exchange.offer(stats_8.view(torch.int32))
+            return None
+        stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
+        return torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1), stats_R8
 
     def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:
         assert log.flags_T is not None, "only a prefill pass is observed"

@@ -64,6 +64,9 @@ class Mirroring:
     def __init__(self) -> None:
         self.num_gathers = 0
 
+    def place(self, width: int) -> None:
+        return None
+
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         self.num_gathers += 1
         return row_W.expand(NUM_RANKS, -1).contiguous()
@@ -266,6 +269,28 @@ def test_vision_tokens_are_flagged_before_sglang_clamps_their_ids(
     runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
     runtime.end_pass()
     assert clock.records[0].num_vision_tokens_R.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("images", [None, [], [None, None], [None, object()]])
+@pytest.mark.parametrize("protected", [0, 7, 40])
+def test_flags_are_right_whether_or_not_sglang_says_that_there_are_images(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, images: Any, protected: int
+) -> None:
+    clock.lever = Lever.NONE
+    batch = forward_batch(
+        40, Requests(runs=((protected, True), (40 - protected, False)), phase="prefill")
+    )
+    batch.mm_inputs = images
+    num_vision = 5 if images and any(images) else 0
+    batch.input_ids[:num_vision] = 1_000_000
+    routed = layer_input(40, seed=3)
+    for _ in range(2):
+        runtime.begin_pass(batch)
+        output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+        runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
+        runtime.end_pass()
+        assert clock.records[-1].num_vision_tokens_R.tolist() == [num_vision] * 2
+        assert clock.records[-1].num_protected_tokens_R.tolist() == [protected] * 2
 
 
 def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(
