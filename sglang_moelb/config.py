@@ -62,7 +62,7 @@ class CapacityConfig(_Section, frozen=True):
 
 
 class ControllerConfig(_Section, frozen=True):
-    """How the controller thread decides in mode `auto`."""
+    """How the controller decides in mode `auto`."""
 
     window_passes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
     min_gain: Share = 0.02  # share of step time below which `none` wins

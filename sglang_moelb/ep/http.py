@@ -11,7 +11,7 @@ from sglang_moelb import config as configuration
 from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
 
 DEAD = (
-    "the controller thread is dead and the server serves in mode none; nothing was changed. "
+    "the controller process is dead and the server serves in mode none; nothing was changed. "
     "Restart the server to use a lever again"
 )
 NO_CONTROLLER = "no rank answers with a controller; see the server's log"

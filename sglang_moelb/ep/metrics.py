@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sglang_moelb.ep.records import routed_rank_rows
+from sglang_moelb.ep.build_record import routed_rank_rows
 from sglang_moelb.ep.status import balancedness
 from sglang_moelb.types import Effects, Lever, StepRecord
 
 if TYPE_CHECKING:
-    from sglang_moelb.ep.controller_thread import ControllerThread
+    from sglang_moelb.ep.controller_link import ControllerLink
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +49,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="moelb_spent_mass_share", kind="gauge",
            meaning="share of gate mass lost over the quality window"),
     Metric(name="moelb_controller_up", kind="gauge",
-           meaning="1 while the controller thread answers, 0 when it is dead or hung"),
+           meaning="1 while the controller process answers, 0 when it is dead or hung"),
 )  # fmt: skip
 
 
 class Metrics:
-    """The metrics of one process, fed by the controller thread."""
+    """The metrics of one process, fed by the controller process."""
 
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge
@@ -76,7 +76,7 @@ class Metrics:
 
         return cls() if get_observability().enable_metrics else None
 
-    def watch(self, controller: ControllerThread) -> None:
+    def watch(self, controller: ControllerLink) -> None:
         """Let the serving thread publish whether `controller` answers."""
         gauge = self._made["moelb_controller_up"]
         gauge.set(1)

@@ -56,6 +56,21 @@ def token_flags(input_ids_T: torch.Tensor, requests: Requests) -> torch.Tensor:
     return flags_T
 
 
+class EvenFlags:
+    """Flags of batches whose rows all have the same, without a launch; not to be written."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, torch.Tensor] = {}
+
+    def of(self, input_ids_T: torch.Tensor, flag: int) -> torch.Tensor:
+        """uint8 `[T]`, each `flag`, on the device of `input_ids_T`."""
+        num_rows = input_ids_T.shape[0]
+        held = self._held.get(flag)
+        if held is None or held.shape[0] < num_rows:
+            held = self._held[flag] = input_ids_T.new_full((num_rows,), flag, dtype=torch.uint8)
+        return held[:num_rows]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowWindow:
     """Which rows of the batch a MoE layer sees on this rank: all, or one attention-TP share."""
