@@ -209,8 +209,10 @@ class ControllerLink:
         if not isinstance(message, Ready) or message.problem:
             self._process.kill()
             self._process.wait()
-            what = message.problem if isinstance(message, Ready) else message
-            raise ControllerError(f"{what or 'the controller process ended; the log says why'}")
+            if isinstance(message, Ready):
+                raise ControllerError(message.problem)
+            why = message.error if isinstance(message, Died) else "the log says why"
+            raise ControllerError(f"the controller process ended: {why}")
         self._socket.setblocking(False)
         return message
 

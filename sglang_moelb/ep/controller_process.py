@@ -48,13 +48,15 @@ class Inbox:
     def messages(self) -> Iterator[ToController]:
         """Every message until the serving process closes. RuntimeError where a fault says so.
 
-        While the fault is to hang, messages are received and kept.
+        While the fault is to hang, messages are received and kept. No fault keeps the setup from
+        being answered: the server would not start.
         """
         while self._waiting or self._receive():
-            while self._fault == "hang":
+            begun = not isinstance(self._waiting[0], Setup)
+            while begun and self._fault == "hang":
                 if not self._receive():
                     return
-            if self._fault == "die":
+            if begun and self._fault == "die":
                 raise RuntimeError("fault.controller is 'die'")
             yield self._waiting.popleft()
 

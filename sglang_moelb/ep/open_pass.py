@@ -49,7 +49,7 @@ class PassOpener:
         self._controller = controller
         self._even_flags = EvenFlags()
         self._opening: Opening | None = None
-        self._log: PassLog | None = None
+        self.log: PassLog | None = None  # of the pass under way, once it has been asked for
         self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
@@ -91,7 +91,7 @@ class PassOpener:
         """
         opening = self._opening
         if opening is None:
-            return self._log
+            return self.log
         self._opening = None
         if self._controller:
             self._controller.pass_begun()
@@ -107,7 +107,7 @@ class PassOpener:
         reason = gate_reason(agreed)
         lever = Lever.NONE if reason else agreed.policy.lever
         self._num_large += agreed.num_tokens >= agreed.policy.min_batch_tokens
-        self._log = PassLog(
+        self.log = PassLog(
             step=step,
             agreed=agreed,
             lever=lever,
@@ -116,12 +116,12 @@ class PassOpener:
             timed=self._is_timed(lever),
             flags_T=flags_T,
         )
-        return self._log
+        return self.log
 
     def close(self) -> PassLog | None:
         """The pass that ends, or None as `opened`; no pass is under way afterwards."""
         log = self.opened()
-        self._log = None
+        self.log = None
         return log
 
     def _flags(

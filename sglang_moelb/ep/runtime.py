@@ -45,6 +45,7 @@ class Runtime:
         controller: ControllerLink | None,
     ) -> None:
         self._seat = seat
+        self._layer_of_dispatcher = seat.layer_of_dispatcher
         self._config = config
         self._passes = PassOpener(seat, agreement, controller)
         self._controller = controller
@@ -67,8 +68,8 @@ class Runtime:
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
-        log = self._passes.opened()
-        layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
+        log = self._passes.log or self._passes.opened()
+        layer = self._layer_of_dispatcher.get(id(dispatcher))
         if log is None or layer is None:
             return topk_output
         if log is not self._normal_log:  # of one mode in all layers
@@ -103,16 +104,19 @@ class Runtime:
 
     def before_experts(self) -> None:
         """Rows have arrived."""
-        self._mark("experts")
+        if self._marks is not None:
+            self._mark("experts")
 
     def after_experts(self) -> None:
         """The grouped GEMM is enqueued."""
-        self._mark("combine")
+        if self._marks is not None:
+            self._mark("combine")
 
     def after_combine(self) -> None:
         """The layer is enqueued as a whole."""
-        self._mark("combined")
-        self._marks = None
+        if self._marks is not None:
+            self._mark("combined")
+            self._marks = None
 
     def end_pass(self) -> None:
         """Close the pass and hand it to the controller."""

@@ -193,6 +193,18 @@ def test_a_hung_process_means_none_after_the_timeout_and_one_further_pass_until_
     assert world.link.policy().lever is Lever.DROP
 
 
+@pytest.mark.parametrize(("fault", "state"), [("hang", "hung"), ("die", "dead")])
+def test_a_fault_that_is_there_from_the_start_shows_with_the_first_passes(
+    fault: str, state: str
+) -> None:
+    world = World(merge(SETTINGS, {"fault": {"controller": fault}}))
+    assert world.link.policy().lever is Lever.DROP
+    for _ in range(2):
+        world.submit()
+    until(lambda: world.link.state == state)
+    world.link.stop()
+
+
 def test_two_passes_within_the_timeout_are_no_hang(world: World) -> None:
     world.signal(signal.SIGSTOP)
     for _ in range(5):
