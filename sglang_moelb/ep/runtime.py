@@ -29,6 +29,7 @@ from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.verdict_log import plain
 from sglang_moelb.types import Lever, StepRecord
 
 logger = logging.getLogger("sglang_moelb")
@@ -189,6 +190,7 @@ class Runtime:
             answer["controller"] = self._controller_status()
             answer["totals"] = self._ledger.totals()
             answer["recent"] = self._ledger.recent()
+            answer["verdict"] = plain(self._controller.effects)
         return answer
 
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:

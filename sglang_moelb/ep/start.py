@@ -19,6 +19,7 @@ from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.verdict_log import VerdictLog
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TraceError
 from sglang_moelb.trace.writer import TraceWriter
@@ -100,8 +101,11 @@ def _trace(seat: Seat, config: Config) -> BackgroundWriter | None:
 
 
 def _publisher(ledger: Ledger, metrics: Metrics | None) -> Any:
+    verdicts = VerdictLog()
+
     def publish(record: StepRecord, effects: Effects) -> None:
         ledger.add(record, effects)
+        verdicts.add(effects)
         if metrics:
             metrics.add(record, effects)
 
