@@ -81,7 +81,8 @@ class Scoreboard:
     def own_ms(self, lever: Lever) -> float:
         """Median of what passes under `lever` took themselves, 0 where too few are known.
 
-        It is of the newest pass of each sample. NONE stands for passes without a lever: what counting takes.
+        It is of the newest pass of each sample. NONE stands for passes without a lever: what
+        counting takes.
         """
         known = self._own.get(lever, ())
         return float(np.median(known)) if len(known) >= MIN_OWN else 0.0
