@@ -110,7 +110,7 @@ def judge(
 
 def line(verdict: Verdict) -> str:
     """The verdict with the number of passes that it rests on. Runs on the host."""
-    return f"{verdict.text} ({verdict.num_passes} passes)"
+    return f"{verdict.text} ({verdict.num_passes} passes)" if verdict.scores else verdict.text
 
 
 def own_cost(lever: Lever, board: Scoreboard, num_layers: int) -> OwnCost:

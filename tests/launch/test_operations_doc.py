@@ -111,7 +111,10 @@ def test_every_flag_that_is_refused_at_start_is_there() -> None:
 def test_the_lines_of_the_verdict_are_worded_as_in_the_code() -> None:
     lines = [line for line in section("Should I turn it on?").splitlines() if ": verdict: " in line]
     few = f"not enough: 1 of 1 passes of at least {Config().capacity.min_batch_tokens} tokens"
-    texts = [f"turn on {ON}", f"leave it off, because {OFF}min_gain 2.0 %"]
-    texts.append(f"leave it off, because {few}")
-    worded = [re.sub(r"-?\d+(\.\d)?", "0", f"sglang_moelb: verdict: {t} (1 passes)") for t in texts]
+    texts = [
+        f"turn on {ON} (1 passes)",
+        f"leave it off, because {OFF}min_gain 2.0 % (1 passes)",
+        f"leave it off, because {few}",
+    ]
+    worded = [re.sub(r"-?\d+(\.\d)?", "0", f"sglang_moelb: verdict: {one}") for one in texts]
     assert [re.sub(r"-?\d+(\.\d)?", "0", line) for line in lines] == worded
