@@ -75,6 +75,14 @@ class ControllerConfig(_Section, frozen=True):
     timeout_ms: Milliseconds = 100.0  # a record unread for longer, and for a pass, means `none`
 
 
+class VerdictConfig(_Section, frozen=True):
+    """Whether and how the controller says if a lever should be turned on."""
+
+    enabled: bool = False
+    window_passes: Annotated[int, msgspec.Meta(ge=64, le=65536)] = 2048  # prefill passes scored
+    log_interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)] = 60.0
+
+
 class FaultConfig(_Section, frozen=True):
     """Faults to inject, for tests and drills; never set in production."""
 
@@ -87,6 +95,7 @@ class Config(_Section, frozen=True):
     mode: Mode = "none"
     capacity: CapacityConfig = CapacityConfig()
     controller: ControllerConfig = ControllerConfig()
+    verdict: VerdictConfig = VerdictConfig()
     fault: FaultConfig = FaultConfig()
 
     def to_json(self) -> str:

@@ -216,9 +216,46 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeverScore:
+    """What a lever would have brought and cost in the passes scored, had it been on in them.
+
+    Gains are shares of the prefill time, the bounds those of a 90 % interval; the lost share is of
+    the gate mass of passes large enough for a lever. `measured`: what the lever takes itself was
+    measured on this server, not assumed.
+    """
+
+    lever: Lever
+    gain: float
+    gain_low: float
+    gain_high: float
+    lost_mass_share: float
+    measured: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether to turn a lever on, and which: `lever` is NONE where it is better left off.
+
+    `text` is the line for people, `reason` the part of it that says why. Of the last passes,
+    `num_passes` were large enough for a lever and are scored, of `num_passes_needed`;
+    `num_small_passes` were prefill passes in which none can act.
+    """
+
+    lever: Lever
+    text: str
+    reason: str
+    num_passes: int
+    num_passes_needed: int
+    num_small_passes: int
+    scores: tuple[LeverScore, ...]
+    log_interval_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Effects:
-    """All that a controller step brings about."""
+    """All that a controller step brings about; no verdict unless it was asked for."""
 
     policy: Policy
     decision: Decision
     estimate: LoadEstimate
+    verdict: Verdict | None = None

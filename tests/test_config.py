@@ -62,6 +62,9 @@ KNOBS = {
     "controller.quality_window_passes": 256,
     "controller.interval_ms": 100.0,
     "controller.timeout_ms": 100.0,
+    "verdict.enabled": False,
+    "verdict.window_passes": 2048,
+    "verdict.log_interval_s": 60.0,
     "fault.controller": "none",
 }
 
@@ -99,6 +102,14 @@ trees = st.fixed_dictionaries(
                 "quality_window_passes": st.integers(1, 65536),
                 "interval_ms": st.floats(0, 60_000),
                 "timeout_ms": st.floats(1e-3, 1e9),
+            },
+        ),
+        "verdict": st.fixed_dictionaries(
+            {},
+            optional={
+                "enabled": st.booleans(),
+                "window_passes": st.integers(64, 65536),
+                "log_interval_s": st.floats(0.1, 86_400),
             },
         ),
         "fault": st.fixed_dictionaries(
@@ -181,6 +192,9 @@ BAD: dict[str, list[Any]] = {
     "controller.quality_window_passes": [0, 65537],
     "controller.interval_ms": [-1, 60_001, "often"],
     "controller.timeout_ms": [0, -1, 1e12, "fast"],
+    "verdict.enabled": [0, 1, "true", None],
+    "verdict.window_passes": [63, 65537, 1.5],
+    "verdict.log_interval_s": [0, -1, 86_401, "often"],
     "fault.controller": ["explode", 1, None],
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from sglang_moelb.config import Config, policy_of
-from sglang_moelb.controller import cost, forecast, load
+from sglang_moelb.controller import cost, forecast, load, verdict
 from sglang_moelb.controller.decide import Standing, decide
 from sglang_moelb.controller.own_time import OwnTime
 from sglang_moelb.controller.quality import LossModel, QualityWindow
+from sglang_moelb.controller.scoreboard import Scoreboard
 from sglang_moelb.types import (
     Decision,
     Effects,
     Lever,
+    LeverForecast,
     LoadEstimate,
     Observation,
     Policy,
     StepRecord,
     Topology,
+    Verdict,
 )
 
 CLOCK_TOLERANCE_S = 1e-6
@@ -45,6 +49,9 @@ class Controller:
         self._own = OwnTime()
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
+        self._board = _board_for(config)
+        self._verdict: Verdict | None = None
+        self._judge_s = -math.inf
         self._watch(())
         self._estimate = self._estimated()
         self._decision = self._decided()
@@ -75,7 +82,25 @@ class Controller:
                 self._estimate = self._estimated()
                 self._decision = self._decided()
                 self._policy = self._next_policy()
-        return Effects(policy=self._policy, decision=self._decision, estimate=self._estimate)
+            if self._board:
+                self._score(self._board, observation, entered=entered)
+        return Effects(
+            policy=self._policy,
+            decision=self._decision,
+            estimate=self._estimate,
+            verdict=self._verdict,
+        )
+
+    def verdict(self) -> Verdict | None:
+        """The verdict on the passes so far; None unless `verdict.enabled`."""
+        if not self._board:
+            return None
+        return verdict.judge(
+            self._board,
+            estimate=self._estimate,
+            config=self._config,
+            num_layers=self._topology.num_layers,
+        )
 
     def reconfigure(self, config: Config) -> Policy:
         """Change the configuration while serving; returns the policy to publish at once.
@@ -86,12 +111,14 @@ class Controller:
         """
         if config.capacity != self._config.capacity:
             self._loss = LossModel()
+        self._board = self._board_under(config)
         self._config = config
         self._quality = self._quality.resized(config.controller.quality_window_passes)
         self._standing = replace(self._standing, dwell_passes=Standing().dwell_passes)
         self._watch([past.record for past in self._loads])
         self._estimate = self._estimated()
         self._decision = self._decided()
+        self._verdict = self.verdict()
         self._policy = self._policy_for(self._policy.epoch + 1)
         return self._policy
 
@@ -122,10 +149,37 @@ class Controller:
         self._standing = replace(self._standing, dwell_passes=dwell_passes)
         return True
 
+    def _board_under(self, config: Config) -> Scoreboard | None:
+        board = self._board
+        if not board or not config.verdict.enabled:
+            return _board_for(config)
+        if config.capacity != self._config.capacity:
+            board = board.cleared()  # its samples were forecast under other capacities
+        board.resize(config.verdict.window_passes)
+        return board
+
+    def _score(self, board: Scoreboard, observation: Observation, *, entered: bool) -> None:
+        """Count the pass for the verdict, and make that anew where it is due."""
+        now_s = observation.now_s
+        board.see(observation.record, entered=entered)
+        if self._estimated_s == now_s:  # just forecast
+            forecasts = partial(self._forecasts, cost_model=self._model, own=OwnTime())
+            board.sample(
+                self._loads,
+                self._projections,
+                cost=self._model,
+                times=self._times,
+                forecast=forecasts,
+                now_s=now_s,
+            )
+        if now_s >= self._judge_s:
+            self._judge_s = now_s + min(verdict.TELL_S, self._config.verdict.log_interval_s)
+            self._verdict = self.verdict()
+
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
-        model = cost.fit(loads)
-        times = cost.step_times(loads, model)
+        model = self._model = cost.fit(loads)
+        times = self._times = cost.step_times(loads, model)
         return LoadEstimate(
             num_passes=len(loads),
             confidence=load.confidence(loads),
@@ -134,15 +188,28 @@ class Controller:
             ms_per_row=model.ms_per_row,
             fixed_ms=model.fixed_ms,
             spent_mass_share=self._quality.spent_share,
-            forecasts=forecast.forecast(
-                loads,
-                self._projections,
-                cost=model,
-                times=times,
-                loss=self._loss,
-                own=self._own,
-                capacity=self._capacity,
+            forecasts=self._forecasts(
+                loads, self._projections, times, cost_model=model, own=self._own
             ),
+        )
+
+    def _forecasts(
+        self,
+        loads: Sequence[load.PassLoad],
+        projections: Sequence[tuple[forecast.Projection, ...]],
+        times: cost.StepTimes,
+        *,
+        cost_model: cost.CostModel,
+        own: OwnTime,
+    ) -> tuple[LeverForecast, ...]:
+        return forecast.forecast(
+            loads,
+            projections,
+            cost=cost_model,
+            times=times,
+            loss=self._loss,
+            own=own,
+            capacity=self._capacity,
         )
 
     def _decided(self) -> Decision:
@@ -157,3 +224,7 @@ class Controller:
         # without a new configuration, the lever and the reason are all that can change
         changed = self._decision.lever != self._policy.lever
         return self._policy_for(self._policy.epoch + int(changed))
+
+
+def _board_for(config: Config) -> Scoreboard | None:
+    return Scoreboard(config.verdict.window_passes) if config.verdict.enabled else None

@@ -98,6 +98,7 @@ class ControllerLink:
         self._policy = ready.policy
         self._totals = ready.totals
         self._answer: Answer | None = None
+        self._verdict: msgspec.Raw | None = None
         self._trace_state = "running" if trace else "off"
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""
@@ -182,8 +183,8 @@ class ControllerLink:
         )
         return "hung" if stale else "running"
 
-    def status(self) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-        """The controller, totals and the last passes as the status shows them, plain JSON types."""
+    def status(self) -> dict[str, Any]:
+        """Controller, totals, last passes and verdict as the status shows them, plain JSON types."""
         state = self.state
         unpacked = msgspec.msgpack.decode
         controller: dict[str, Any] = {
@@ -194,7 +195,12 @@ class ControllerLink:
         }
         if self._answer:
             controller["last_decision"] = unpacked(self._answer.decision)
-        return controller, unpacked(self._totals), [unpacked(row) for row in tuple(self._rows)]
+        return {
+            "controller": controller,
+            "totals": unpacked(self._totals),
+            "recent": [unpacked(row) for row in tuple(self._rows)],
+            "verdict": unpacked(self._verdict) if self._verdict else None,
+        }
 
     def _begin(self, setup: Setup) -> Ready:
         """Say what is wanted and wait for the controller to be ready."""
@@ -263,6 +269,7 @@ class ControllerLink:
         if isinstance(message, Answer):
             self._answer = message
             self._totals = message.totals
+            self._verdict = message.verdict or self._verdict
             self._trace_state = message.trace_state
             self._rows.append(message.row)
             self._told_s.popleft()

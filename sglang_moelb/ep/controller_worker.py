@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep.build_record import build, rows_by_source
@@ -14,10 +16,11 @@ from sglang_moelb.ep.controller_messages import Answer, Changed, RawPass, Ready,
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.verdict_log import VerdictLog, plain
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TracedPass
 from sglang_moelb.trace.writer import TraceWriter
-from sglang_moelb.types import Lever, Observation, Policy, StepRecord
+from sglang_moelb.types import Effects, Lever, Observation, Policy, StepRecord, Verdict
 
 
 class Worker:
@@ -31,6 +34,8 @@ class Worker:
         self._ledger = Ledger(setup.topology)
         self._trace = _trace(setup)
         self._metrics = Metrics() if setup.has_metrics else None
+        self._verdicts = VerdictLog()
+        self._judged: Verdict | None = None  # as said last
         self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
 
     def ready(self) -> Ready:
@@ -51,6 +56,7 @@ class Worker:
         self._learn_mass(record)
         effects = self._controller.step(Observation(record=record, now_s=told.now_s))
         self._ledger.add(record, effects)
+        self._verdicts.add(effects)
         if self._metrics:
             self._metrics.add(record, effects)
         if self._trace:
@@ -74,6 +80,7 @@ class Worker:
                     "expected_lost_mass_share": decision.expected_lost_mass_share,
                 }
             ),
+            verdict=self._judgement(effects),
             totals=raw(self._ledger.totals()),
             row=raw(self._ledger.newest()),
         )
@@ -96,6 +103,13 @@ class Worker:
             return None
         self._said = policy
         return policy
+
+    def _judgement(self, effects: Effects) -> msgspec.Raw | None:
+        """The verdict packed, unless it was said last."""
+        if effects.verdict is self._judged:
+            return None
+        self._judged = effects.verdict
+        return raw(plain(effects))
 
     def _learn_mass(self, record: StepRecord) -> None:
         num_rows = int(record.num_tokens_R.sum()) * self._setup.topology.num_layers

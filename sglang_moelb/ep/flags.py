@@ -65,6 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a record of every prefill pass to this folder, for `moelb replay DIR`; one "
         "server a folder, about 1.5 kB a MoE layer and pass at 128 experts (default: no trace).",
     )
+    group.add_argument(
+        "--moelb-verdict",
+        action="store_true",
+        default=None,
+        help="keep score of what each lever would have gained and cost, and say whether to turn "
+        "one on, in /moelb/status and in a log line a minute; works in every mode, best begun "
+        "with --moelb-mode observe (knob verdict.enabled, default off).",
+    )
     defaults = configuration.flat(Config())
     for name, (knob, kind, meaning) in SHORTCUTS.items():
         flag = "--" + name.replace("_", "-")
@@ -85,8 +93,10 @@ def config_of(args: argparse.Namespace) -> Config | None:
     for name, (knob, _, _) in SHORTCUTS.items():
         if name in given:
             config = _with_flag(config, name, knob, given[name])
-    mode = {"mode": given["moelb_mode"]} if "moelb_mode" in given else {}
-    return configuration.merge(config, mode)
+    last: dict[str, Any] = {"mode": given["moelb_mode"]} if "moelb_mode" in given else {}
+    if "moelb_verdict" in given:
+        last["verdict"] = {"enabled": True}
+    return configuration.merge(config, last)
 
 
 def _with_flag(config: Config, name: str, knob: str, value: Any) -> Config:

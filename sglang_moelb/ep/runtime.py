@@ -177,7 +177,7 @@ class Runtime:
             "controller": {"state": "off"},
         }
         if self._controller:
-            answer["controller"], answer["totals"], answer["recent"] = self._controller.status()
+            answer |= self._controller.status()
         return answer
 
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from sglang_moelb.config import Config, ConfigError, load, parse
+from sglang_moelb.controller.verdict import line
 from sglang_moelb.replay.arms import Options, chosen
 from sglang_moelb.replay.controlled import decide_again
 from sglang_moelb.replay.cost import Machine, machine_of
+from sglang_moelb.replay.judged import verdict_on
 from sglang_moelb.replay.result import ReplayResult, summarise
 from sglang_moelb.replay.run import replay_trace, topology_at
 from sglang_moelb.replay.table import summary
@@ -132,7 +134,8 @@ def _config(trace: Trace, given: str | None) -> Config:
 
 def _replayed(trace: Trace, names: tuple[str, ...], options: Options) -> ReplayResult:
     replayed = replay_trace(trace, names, options)
-    return summarise(trace, options, replayed, decide_again(trace))
+    verdict = line(verdict_on(trace, options.machine))
+    return summarise(trace, options, replayed, decide_again(trace), verdict)
 
 
 def _write(out: Path, result: ReplayResult) -> str:

@@ -69,10 +69,11 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     num_same_decisions: int
     num_missed_passes: int
     first_difference: str
+    verdict: str
 
 
 def summarise(
-    trace: Trace, options: Options, replayed: Replayed, fidelity: Fidelity
+    trace: Trace, options: Options, replayed: Replayed, fidelity: Fidelity, verdict: str
 ) -> ReplayResult:
     """The result of a replay; the first arm is what the others are compared with."""
     base_ms = float(replayed.scores[0].step_ms_P.mean())
@@ -101,6 +102,7 @@ def summarise(
         num_same_decisions=fidelity.num_same,
         num_missed_passes=fidelity.num_missed,
         first_difference=fidelity.first_difference,
+        verdict=verdict,
     )
 
 

@@ -60,6 +60,7 @@ def notes(result: ReplayResult) -> list[str]:
         lines.append(f"first other decision: {result.first_difference}")
     if result.num_missed_passes:
         lines.append(f"{result.num_missed_passes} passes are missing from the trace.")
+    lines.append(f"verdict (docs/operations.md): {result.verdict}")
     return lines
 
 

@@ -60,7 +60,7 @@ class World:
 
     @property
     def process_id(self) -> int:
-        return int(self.link.status()[0]["process_id"])
+        return int(self.link.status()["controller"]["process_id"])
 
     def submit(self, policy: Policy | None = None, *, num_ranks: int = 2, first: int = 30) -> None:
         """A pass in which expert 0 has `first` of rank 0's rows, the others 10 each."""
@@ -95,7 +95,7 @@ class World:
         os.kill(self.process_id, number)
 
     def num_read(self) -> int:
-        return int(self.link.status()[1]["num_passes"])
+        return int(self.link.status()["totals"]["num_passes"])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -118,7 +118,8 @@ def test_passes_are_read_and_shown_with_the_counts_that_were_handed_over(world: 
     for first in (30, 50):
         world.submit(first=first)
     until(lambda: world.num_read() == 2)
-    controller, totals, recent = world.link.status()
+    told = world.link.status()
+    controller, totals, recent = told["controller"], told["totals"], told["recent"]
     assert [row["step"] for row in recent] == [0, 1]
     assert [row["rows_before_R"] for row in recent] == [[2 * 60, 2 * 40], [2 * 80, 2 * 40]]
     assert [row["num_tokens_R"] for row in recent] == [[NUM_TOKENS] * 2] * 2
@@ -133,7 +134,7 @@ def test_a_slot_is_used_again_only_after_its_pass_was_read(world: World) -> None
         until(lambda first=first: first - world.num_read() < num_slots)  # type: ignore[misc]
         world.submit(first=first)
     until(lambda: world.num_read() == 3 * num_slots)
-    rows = [row["rows_before_R"][0] for row in world.link.status()[2]]
+    rows = [row["rows_before_R"][0] for row in world.link.status()["recent"]]
     assert rows == [2 * (first + 30) for first in range(3 * num_slots)][-len(rows) :]
 
 
@@ -157,7 +158,8 @@ def test_a_killed_process_means_none_and_says_what_killed_it(world: World) -> No
     for _ in range(100):
         world.submit()
     world.link.reconfigure(SETTINGS)
-    controller, totals, recent = world.link.status()
+    told = world.link.status()
+    controller, totals, recent = told["controller"], told["totals"], told["recent"]
     assert controller["state"] == "dead"
     assert totals["num_passes"] == len(recent) == 1, "what was counted is still shown"
 
@@ -349,7 +351,7 @@ def test_a_trace_replays_to_the_very_decisions(tmp_path: Path) -> None:
         world.submit(world.link.policy(), first=40 + 10 * (number % 5))
         until(lambda number=number: world.num_read() == number + 1)  # type: ignore[misc]
         policies.append(world.link.policy())
-    assert world.link.status()[0]["trace"] == "running"
+    assert world.link.status()["controller"]["trace"] == "running"
     until(lambda: len(list(open_trace(tmp_path).passes())) == 12)
     world.link.stop()
     controller = Controller(config, TOPOLOGY)

@@ -13,6 +13,7 @@ from sglang_moelb.ep import flags, install, runtime, start
 from sglang_moelb.ep.metrics import METRICS
 from sglang_moelb.ep.status import NUM_RECENT, Ledger
 from sglang_moelb.types import MODES, READY_MODES, Topology
+from tests.controller.test_verdict import OFF, ON
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -105,3 +106,15 @@ def test_every_flag_that_is_refused_at_start_is_there() -> None:
     for architecture in start.SUPPORTED:
         family = architecture.partition("For")[0]
         assert families[family] in text
+
+
+def test_the_lines_of_the_verdict_are_worded_as_in_the_code() -> None:
+    lines = [line for line in section("Should I turn it on?").splitlines() if ": verdict: " in line]
+    few = f"not enough: 1 of 1 passes of at least {Config().capacity.min_batch_tokens} tokens"
+    texts = [
+        f"turn on {ON} (1 passes)",
+        f"leave it off, because {OFF}min_gain 2.0 % (1 passes)",
+        f"leave it off, because {few}",
+    ]
+    worded = [re.sub(r"-?\d+(\.\d)?", "0", f"sglang_moelb: verdict: {one}") for one in texts]
+    assert [re.sub(r"-?\d+(\.\d)?", "0", line) for line in lines] == worded
