@@ -184,7 +184,7 @@ class ControllerLink:
         return "hung" if stale else "running"
 
     def status(self) -> dict[str, Any]:
-        """Controller, totals, last passes and verdict as the status shows them, plain JSON types."""
+        """Controller, totals, last passes and verdict as the status shows them, JSON types."""
         state = self.state
         unpacked = msgspec.msgpack.decode
         controller: dict[str, Any] = {

@@ -98,7 +98,7 @@ class Clock:
         )
 
     def status(self) -> Any:
-        return {"state": "running"}, {}, []
+        return {"controller": {"state": "running"}, "totals": {}, "recent": [], "verdict": None}
 
 
 @pytest.fixture
