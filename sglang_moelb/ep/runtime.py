@@ -189,6 +189,7 @@ class Runtime:
             answer["controller"] = self._controller_status()
             answer["totals"] = self._ledger.totals()
             answer["recent"] = self._ledger.recent()
+            answer["heat"] = self._ledger.heat()
         return answer
 
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:
@@ -225,6 +226,7 @@ class Runtime:
                 "expected_gain": effects.decision.expected_gain,
                 "expected_lost_mass_share": effects.decision.expected_lost_mass_share,
             }
+            answer["spent_mass_share"] = effects.estimate.spent_mass_share
         return answer
 
     def _mark(self, part: str) -> None:
