@@ -62,7 +62,8 @@ def live_of(status: dict[str, Any]) -> Live:
 def _shown(recent: list[dict[str, Any]], heat: Heat | None) -> dict[str, Any] | None:
     """The pass of the map, which the server has chosen; the last one where there is no map."""
     of_heat = [row for row in recent if heat and row["step"] == heat.step]
-    return (of_heat or recent or [None])[-1]
+    found = of_heat or recent
+    return found[-1] if found else None
 
 
 def _pass(row: dict[str, Any]) -> Pass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import sys
@@ -93,8 +94,10 @@ def _no_keys(timeout_s: float) -> str:
 
 
 def _read_key(timeout_s: float) -> str:
-    ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    file = sys.stdin.fileno()
+    ready, _, _ = select.select([file], [], [], timeout_s)
     if not ready:
         return ""
-    # At the end of the input nothing can be typed any more, and select would not wait.
-    return sys.stdin.read(1).lower() or KEY_END
+    # Not sys.stdin.read: it would take further keys into a buffer, which select does not see. At
+    # the end of the input nothing can be typed any more, and select would not wait.
+    return os.read(file, 1).decode(errors="replace").lower() or KEY_END

@@ -10,8 +10,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -36,23 +35,36 @@ def app_of(read: Callable[[], dict[str, Any]]) -> FastAPI:
     return app
 
 
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The URL of `app` on a free port, until the end of the block."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until_s = time.monotonic() + READY_S
-    while not server.started:
-        assert time.monotonic() < until_s, "the fake server did not start"
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        server.force_exit = True
-        thread.join(READY_S)
+class Serving:
+    """An app on a free port in a thread, from the start of a `with` block to `stop` or its end."""
+
+    def __init__(self, app: Any) -> None:
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> Serving:
+        self._thread.start()
+        until_s = time.monotonic() + READY_S
+        while not self._server.started:
+            assert time.monotonic() < until_s, "the fake server did not start"
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def ask_to_stop(self) -> None:
+        """Close the port soon; for handlers of the app itself."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+
+    def stop(self) -> None:
+        """Close the port."""
+        self.ask_to_stop()
+        self._thread.join(READY_S)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ Shape letters: L MoE layers, R ranks, E logical experts, M modalities.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
@@ -155,6 +155,17 @@ def _record(
         balance_ms=0.04 * topology.num_layers * float(rng.uniform(0.8, 1.2)),
         step_ms=1.1 * topology.num_layers * float(rng.uniform(0.95, 1.1)),
     )
+
+
+def one_pass(
+    topology: Topology, policy: Policy, step: int, *, num_tokens: int
+) -> tuple[StepRecord, Effects]:
+    """A prefill pass of `num_tokens` on each rank, with what the controller made of it."""
+    rng = np.random.default_rng(step)
+    hot = np.ones((topology.num_layers, topology.num_experts, 1))
+    record = _record(topology, policy, step, hot, rng, idle_rank=False)
+    tokens_R = np.full(topology.num_ranks, num_tokens)
+    return replace(record, step=step, num_tokens_R=tokens_R), _effects(policy)
 
 
 def _effects(policy: Policy) -> Effects:
