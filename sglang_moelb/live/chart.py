@@ -176,7 +176,7 @@ def _load_bar(before: float, after: float, width: int, note: str) -> Text:
     room = width - len(note) if width - len(note) >= MIN_BAR else width
     stays = round(min(before, after) * room)
     moved = round(max(before, after) * room) - stays
-    text = line("█" * stays)
+    text = line(("█" * stays, "blue"))
     text.append(*(("░" * moved, "dim") if after < before else ("▒" * moved, "green")))
     return text.append(note if room < width else "", "yellow")
 

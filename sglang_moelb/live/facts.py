@@ -65,17 +65,21 @@ def problem(view: View, width: int, max_lines: int) -> list[Text]:
 
 
 def mode(live: Live, width: int) -> list[Text]:
-    """What is allowed, what holds, whether somebody controls, and over how much."""
+    """What is allowed, what holds, whether somebody controls, and over how much; what fits."""
+    parts = [
+        ("lever", live.lever, _lever_style(live.lever)),
+        ("controller", *_controller(live)),
+        ("ranks", f"{live.num_ranks}", ""),
+        ("layers", f"{live.num_layers}", ""),
+        ("capacity", live.capacity if live.lever != "none" else "", ""),
+        ("pass", f"{live.num_passes:,}", ""),
+        ("experts", f"{live.num_experts}", ""),
+        ("form", live.form, ""),
+    ]
     text = line(("mode".ljust(LABEL_WIDTH), LABEL), (live.mode, "bold"))
-    text.append("  lever ", LABEL).append(live.lever, _lever_style(live.lever))
-    text.append("  controller ", LABEL).append(*_controller(live))
-    text.append("  ranks ", LABEL).append(f"{live.num_ranks}")
-    text.append("  layers ", LABEL).append(f"{live.num_layers}")
-    if live.lever != "none" and live.capacity:
-        text.append("  capacity ", LABEL).append(live.capacity)
-    text.append("  experts ", LABEL).append(f"{live.num_experts}")
-    text.append("  pass ", LABEL).append(f"{live.num_passes:,}")
-    text.append("  form ", LABEL).append(live.form)
+    for label, value, style in parts:
+        if value and text.cell_len + len(label) + len(value) + 3 <= width:
+            text.append(f"  {label} ", LABEL).append(value, style)
     return [text]
 
 

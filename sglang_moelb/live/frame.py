@@ -17,6 +17,8 @@ from sglang_moelb.live.view import View
 from sglang_moelb.live.wire import Live, Pass
 
 WIDE = 140
+TALL = 30
+AROUND_MAP = 5  # lines: title, layers, before, after, legend
 RIGHT_SHARE = 0.3
 MAX_RIGHT = 72
 MIN_TABLE = 8
@@ -52,24 +54,22 @@ def frame(view: View, width: int, height: int, look: Look | None = None) -> list
 
 
 def _narrow(view: View, width: int, height: int, look: Look) -> list[Text]:
-    live = view.live
+    live, tall = view.live, height >= TALL
     top = [facts.head(view, width), *facts.problem(view, width, 2)]
-    top += [*facts.mode(live, width), *facts.why(live, width, 1 if height < 30 else 3)]
+    top += [*facts.mode(live, width), *facts.why(live, width, 3 if tall else 1)]
     below = [*facts.quality(live, width), *facts.own_time(live, width)]
-    below += facts.memory(live, width, 1 if height < 30 else 3)
-    below += facts.verdict(live, width, 2 if height < 30 else 4)
+    below += facts.memory(live, width, 3 if tall else 1)
+    below += facts.verdict(live, width, 4 if tall else 2)
     if live.last is None:
         return [*top, *below, line(), *field("no pass", NO_PASS, width, 4, "yellow")]
-    num_decisions = min(len(live.decisions), 2)
-    room = height - len(top) - len(below) - num_decisions - 7
-    middle = _map(live, live.last, width, room, look)
-    lines = [*top, *middle, *below]
-    lines.append(title("last decisions", width))
-    lines += facts.decisions(live.decisions, width, num_decisions if height < 30 else 8)
+    below.append(title("last decisions", width))
+    below += facts.decisions(live.decisions, width, 5 if tall else 2)
+    trend = facts.imbalance(live.history, width) if live.history else []
+    room = height - len(top) - len(below) - AROUND_MAP - (len(trend) if tall else 0)
+    lines = [*top, *_map(live, live.last, width, room, look), *below, *trend]
     if live.history:
-        lines += facts.imbalance(live.history, width)
         lines.append(title("last passes", width))
-        lines += facts.passes(live.history, max(height - len(lines) - 1, 0))
+        lines += facts.passes(live.history, max(height - len(lines), 0))
     return lines
 
 
@@ -89,7 +89,7 @@ def _wide(view: View, width: int, height: int, look: Look) -> list[Text]:
     if live.last is None:
         left = [title("load", left_width), *field("no pass", NO_PASS, left_width, 4, "yellow")]
     else:
-        left = _map(live, live.last, left_width, room - 4, look)
+        left = _map(live, live.last, left_width, room - AROUND_MAP, look)
     if live.history is None:
         return [*top, *beside(left, left_width, right)]
     below = [line(), title("last passes", left_width), *facts.passes(live.history, room)]

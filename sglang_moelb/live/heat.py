@@ -16,7 +16,7 @@ MAX_ROWS = 64
 MAX_COLUMNS = 96
 # Level 0 is no rows at all; level i > 0 is a share of at least EDGES[i - 1] and below EDGES[i].
 EDGES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 3.0, 4.0)
-DIGITS = "0123456789abcdef"
+DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 
 
 class Heat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -88,4 +88,4 @@ def _levels(rows_LR: NDArray[np.int64], ranks_per_row: int, per_column: int) -> 
 
 
 def _digits(levels_HW: NDArray[np.int64]) -> str:
-    return "".join(DIGITS[level] for level in levels_HW.ravel().tolist())
+    return DIGITS[levels_HW].tobytes().decode("ascii")
