@@ -188,8 +188,8 @@ class Runtime:
         if self._controller and self._ledger:
             answer["controller"] = self._controller_status()
             answer["totals"] = self._ledger.totals()
+            answer["heat"] = self._ledger.heat()  # first: its pass is then among the recent ones
             answer["recent"] = self._ledger.recent()
-            answer["heat"] = self._ledger.heat()
         return answer
 
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:

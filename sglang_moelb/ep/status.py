@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from sglang_moelb.ep.records import routed_rank_rows
-from sglang_moelb.live.heat import heat_of
+from sglang_moelb.ep.shown_pass import ShownPass
 from sglang_moelb.types import Effects, Lever, StepRecord, Topology
 
 NUM_RECENT = 64
@@ -33,8 +32,7 @@ class Ledger:
         )
         self._num_passes = 0
         self._num_prefill = 0
-        self._shown: StepRecord | None = None
-        self._num_since_shown = 0
+        self._shown = ShownPass(topology, NUM_RECENT)
 
     def add(self, record: StepRecord, effects: Effects) -> None:
         """Count one pass."""
@@ -44,9 +42,7 @@ class Ledger:
         for name in self._sums:
             self._sums[name] += getattr(record, name)
         self._recent.append(self._row(record))
-        self._num_since_shown += 1
-        if self._is_shown(record):
-            self._shown, self._num_since_shown = record, 0
+        self._shown.add(record)
 
     def totals(self) -> dict[str, Any]:
         """Sums since the start."""
@@ -62,25 +58,8 @@ class Ledger:
         return list(self._recent)
 
     def heat(self) -> dict[str, Any] | None:
-        """Loads by rank and layer of the last pass that was large enough for a lever.
-
-        Of the last pass where none of the recent ones was; None before the first.
-        """
-        record = self._shown
-        if record is None:
-            return None
-        before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
-        heat: dict[str, Any] = msgspec.to_builtins(
-            heat_of(record.step, before_LR, record.rows_after_LR)
-        )
-        return heat
-
-    def _is_shown(self, record: StepRecord) -> bool:
-        """A small pass does not push a large one aside before that is out of `recent`."""
-        shown = self._shown
-        if shown is None or self._num_since_shown >= NUM_RECENT:
-            return True
-        return _is_large(record) or not _is_large(shown)
+        """Loads by rank and layer of the pass to show, see `ep.shown_pass`."""
+        return self._shown.heat()
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
@@ -108,10 +87,6 @@ class Ledger:
             "layer_ms": round(float(record.layer_ms_L.sum()), 3),
             "balance_ms": round(record.balance_ms, 3),
         }
-
-
-def _is_large(record: StepRecord) -> bool:
-    return bool(record.num_tokens_R.sum() >= record.policy.min_batch_tokens)
 
 
 def balancedness(rows_LR: np.ndarray) -> list[float]:
