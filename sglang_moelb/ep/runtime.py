@@ -225,8 +225,8 @@ class Runtime:
                 "reason": effects.decision.reason,
                 "expected_gain": effects.decision.expected_gain,
                 "expected_lost_mass_share": effects.decision.expected_lost_mass_share,
+                "spent_mass_share": effects.estimate.spent_mass_share,
             }
-            answer["spent_mass_share"] = effects.estimate.spent_mass_share
         return answer
 
     def _mark(self, part: str) -> None:

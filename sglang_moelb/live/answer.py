@@ -47,7 +47,7 @@ def live_of(status: dict[str, Any]) -> Live:
         num_passes=status.get("num_passes", 0),
         num_prefill_passes=totals.get("num_prefill_passes", 0),
         num_passes_by_lever=totals.get("num_passes_by_lever", {}),
-        spent_share=_number(controller.get("spent_mass_share"), 5),
+        spent_share=_number(decision.get("spent_mass_share"), 5),
         quality_budget=limits.get("quality_budget", 0.0),
         quality_window_passes=limits.get("quality_window_passes", 0),
         last=_pass(shown) if shown else None,

@@ -5,6 +5,7 @@ Shape letters: L MoE layers, R ranks, E logical experts, M modalities.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import msgspec
 import numpy as np
 
 from sglang_moelb.config import Config, merge
-from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.shown_pass import ShownPass
+from sglang_moelb.ep.status import NUM_RECENT, Ledger
 from sglang_moelb.types import (
     Decision,
     Effects,
@@ -44,6 +46,19 @@ TOKENS_PER_RANK = 4096
 TOPK = 8
 
 
+class Recent:
+    """What a server keeps of the last passes, and the pass that is shown of them."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.shown = ShownPass(topology, NUM_RECENT)
+        self.rows: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
+
+    def add(self, record: StepRecord, ledger: Ledger) -> None:
+        """After the ledger has counted the pass."""
+        self.rows.append(ledger.recent()[-1])
+        self.shown.add(record)
+
+
 def status(
     *,
     num_ranks: int = 2,
@@ -64,7 +79,7 @@ def status(
         num_ranks=num_ranks,
         topk=TOPK,
     )
-    ledger = Ledger(topology)
+    ledger, recent = Ledger(topology), Recent(topology)
     rng = np.random.default_rng(seed)
     hot = _hot_spots(topology, rng, skew)
     policy = Policy(epoch=0)
@@ -76,6 +91,7 @@ def status(
         )  # fmt: skip
         record = _record(topology, policy, step, hot, rng, idle_rank=idle_rank)
         ledger.add(record, _effects(policy))
+        recent.add(record, ledger)
     if state in ("dead", "hung"):
         policy = Policy(epoch=policy.epoch, reason=f"controller thread is {state}: RuntimeError: x")
     return {
@@ -92,8 +108,8 @@ def status(
             "state": state,
             "num_passes": num_passes,
             "trace": "off",
-            **({"spent_mass_share": spent_share} if num_passes else {}),
             "last_decision": {
+                **({"spent_mass_share": spent_share} if num_passes else {}),
                 "lever": policy.lever.name.lower(),
                 "reason": policy.reason,
                 "expected_gain": 0.053,
@@ -101,8 +117,8 @@ def status(
             },
         },
         "totals": ledger.totals(),
-        "recent": ledger.recent(),
-        "heat": ledger.heat(),
+        "recent": list(recent.rows),
+        "heat": recent.shown.heat(),
         "ranks_answering": num_ranks,
         **({"memory": MEMORY, "verdict": VERDICT} if extras else {}),
     }

@@ -14,7 +14,7 @@ from sglang_moelb.live.answer import NUM_STRETCHES, live_of
 from sglang_moelb.live.wire import VERSION, Live, decode, encode
 from sglang_moelb.types import Lever, Policy, Topology
 
-from .statuses import EXPERTS_PER_RANK, REASONS, one_pass, status
+from .statuses import EXPERTS_PER_RANK, REASONS, Recent, one_pass, status
 
 KB = 1024
 
@@ -102,24 +102,25 @@ def test_decisions_are_the_changes_of_the_lever_with_the_last_reason() -> None:
 
 
 def test_a_small_pass_does_not_push_a_large_one_aside() -> None:
-    ledger, topology = Ledger(_SIZES), _SIZES
-    large = one_pass(topology, Policy(epoch=0, min_batch_tokens=2048), step=1, num_tokens=4096)
-    ledger.add(*large)
+    ledger, recent = Ledger(_SIZES), Recent(_SIZES)
+
+    def shown_after(step: int, num_tokens: int) -> int:
+        policy = Policy(epoch=0, min_batch_tokens=2048)
+        record, effects = one_pass(_SIZES, policy, step, num_tokens=num_tokens)
+        ledger.add(record, effects)
+        recent.add(record, ledger)
+        heat = recent.shown.heat()
+        assert heat is not None
+        assert any(row["step"] == heat["step"] for row in recent.rows)
+        return int(heat["step"])
+
+    assert shown_after(1, num_tokens=4096) == 1
     for step in range(2, NUM_RECENT + 1):
-        small = one_pass(topology, Policy(epoch=0, min_batch_tokens=2048), step, num_tokens=8)
-        ledger.add(*small)
-        assert _step(ledger) == 1
-    ledger.add(*one_pass(topology, Policy(epoch=0, min_batch_tokens=2048), 99, num_tokens=8))
-    assert _step(ledger) == 99, "the large one is no longer among the recent passes"
-    ledger.add(*one_pass(topology, Policy(epoch=0, min_batch_tokens=2048), 100, num_tokens=9))
-    assert _step(ledger) == 100, "among small ones the newest is shown"
-
-
-def _step(ledger: Ledger) -> int:
-    heat = ledger.heat()
-    assert heat is not None
-    assert any(row["step"] == heat["step"] for row in ledger.recent())
-    return int(heat["step"])
+        assert shown_after(step, num_tokens=8) == 1
+    assert shown_after(99, num_tokens=8) == 99, "the large one is no longer among the recent ones"
+    assert shown_after(100, num_tokens=9) == 100, "among small ones the newest is shown"
+    assert shown_after(101, num_tokens=4096) == 101
+    assert shown_after(102, num_tokens=2048) == 102, "the newest large one"
 
 
 _SIZES = Topology(num_layers=3, num_experts=2 * EXPERTS_PER_RANK, num_ranks=2, topk=8)
