@@ -99,6 +99,7 @@ class ControllerLink:
         self._totals = ready.totals
         self._answer: Answer | None = None
         self._verdict: msgspec.Raw | None = None
+        self._heat: msgspec.Raw | None = None
         self._trace_state = "running" if trace else "off"
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""
@@ -199,6 +200,7 @@ class ControllerLink:
             "controller": controller,
             "totals": unpacked(self._totals),
             "recent": [unpacked(row) for row in tuple(self._rows)],
+            "heat": unpacked(self._heat) if self._heat else None,
             "verdict": unpacked(self._verdict) if self._verdict else None,
         }
 
@@ -270,6 +272,7 @@ class ControllerLink:
             self._answer = message
             self._totals = message.totals
             self._verdict = message.verdict or self._verdict
+            self._heat = message.heat or self._heat
             self._trace_state = message.trace_state
             self._rows.append(message.row)
             self._told_s.popleft()

@@ -68,13 +68,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A pass has been read and its slot is free; what the status shows comes packed as it is.
 
-    `policy` and `verdict` are None where they are those that were said last.
+    `policy`, `verdict` and `heat` are None where they are those that were said last.
     """
 
     policy: Policy | None
     trace_state: str
     decision: msgspec.Raw
     verdict: msgspec.Raw | None
+    heat: msgspec.Raw | None
     totals: msgspec.Raw
     row: msgspec.Raw
 

@@ -68,7 +68,7 @@ class Worker:
                     decision=effects.decision,
                 )
             )
-        decision = effects.decision
+        decision, heat = effects.decision, self._ledger.heat()
         return Answer(
             policy=self._news(effects.policy),
             trace_state=self._trace_state(),
@@ -78,9 +78,11 @@ class Worker:
                     "reason": decision.reason,
                     "expected_gain": decision.expected_gain,
                     "expected_lost_mass_share": decision.expected_lost_mass_share,
+                    "spent_mass_share": effects.estimate.spent_mass_share,
                 }
             ),
             verdict=self._judgement(effects),
+            heat=raw(heat) if heat else None,
             totals=raw(self._ledger.totals()),
             row=raw(self._ledger.newest()),
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sglang_moelb.ep.build_record import routed_rank_rows
+from sglang_moelb.ep.shown_pass import ShownPass
 from sglang_moelb.types import Effects, Lever, StepRecord, Topology
 
 NUM_RECENT = 64
@@ -29,6 +30,8 @@ class Ledger:
         )
         self._num_passes = 0
         self._num_prefill = 0
+        self._shown = ShownPass(topology, NUM_RECENT)
+        self._is_shown = False
 
     def add(self, record: StepRecord, effects: Effects) -> None:
         """Count one pass."""
@@ -38,6 +41,7 @@ class Ledger:
         for name in self._sums:
             self._sums[name] += getattr(record, name)
         self._newest = self._row(record)
+        self._is_shown = self._shown.add(record)
 
     def totals(self) -> dict[str, Any]:
         """Sums since the start."""
@@ -51,6 +55,10 @@ class Ledger:
     def newest(self) -> dict[str, Any]:
         """The last pass."""
         return self._newest
+
+    def heat(self) -> dict[str, Any] | None:
+        """Loads by rank and layer of the last pass if it is the one to show (`ep.shown_pass`)."""
+        return self._shown.heat() if self._is_shown else None
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
