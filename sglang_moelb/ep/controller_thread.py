@@ -114,6 +114,11 @@ class ControllerThread:
         return (self._trace.stopped or "running") if self._trace else "off"
 
     @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self._config
+
+    @property
     def num_submitted(self) -> int:
         """Passes handed over since the start."""
         return self._num_submitted

@@ -54,14 +54,12 @@ def attach_to(model_runner: Any, config: Config) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         ledger = Ledger(seat.topology)
         metrics = Metrics.if_enabled()
+        trace = _trace(seat, config)
         controller = ControllerThread(
-            Controller(config, seat.topology),
-            config,
-            _publisher(ledger, metrics),
-            _trace(seat, config),
+            Controller(config, seat.topology), config, _publisher(ledger, metrics), trace
         )
         if metrics:
-            metrics.watch(controller)
+            metrics.watch(controller, {"passes": trace} if trace else {})
     runtime = Runtime(
         seat,
         config,

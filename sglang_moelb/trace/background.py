@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 
 from sglang_moelb.config import Config
-from sglang_moelb.trace.types import TracedPass
+from sglang_moelb.trace.types import TracedPass, TraceStats
 from sglang_moelb.trace.writer import TraceWriter
 
 MAX_PENDING = 64
@@ -23,6 +23,7 @@ class BackgroundWriter:
         self._writer = writer
         self._inbox: queue.Queue[TracedPass | Config | None] = queue.Queue()
         self._num_missed = 0
+        self._num_missed_before = 0
         self._thread = threading.Thread(target=self._run, name="moelb-trace", daemon=True)
         self._thread.start()
 
@@ -30,6 +31,16 @@ class BackgroundWriter:
     def stopped(self) -> str:
         """Why nothing is written any more, or ""."""
         return self._writer.stopped or ("" if self._thread.is_alive() else "its thread is dead")
+
+    @property
+    def stats(self) -> TraceStats:
+        """What has been written, and how many passes were left out."""
+        return TraceStats(
+            state="stopped" if self.stopped else "running",
+            num_bytes=self._writer.num_bytes,
+            num_passes=self._writer.num_passes,
+            num_missed=self._num_missed_before + self._num_missed,
+        )
 
     def add(self, traced: TracedPass) -> None:
         """Hand over one pass."""
@@ -39,6 +50,7 @@ class BackgroundWriter:
             self._num_missed += 1
             return
         self._inbox.put(replace(traced, num_missed=self._num_missed))
+        self._num_missed_before += self._num_missed
         self._num_missed = 0
 
     def reconfigure(self, config: Config) -> None:

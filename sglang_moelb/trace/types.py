@@ -6,7 +6,7 @@ Shape letters: L MoE layers, R source ranks, E logical experts, M modalities (te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -48,6 +48,16 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             num_ranks=self.num_ranks,
             topk=self.topk,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceStats:
+    """How far a writer is: what is on its way to the disk, and what was left out."""
+
+    state: Literal["off", "running", "stopped"]
+    num_bytes: int = 0
+    num_passes: int = 0
+    num_missed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,8 @@ class TraceWriter:
     """Appends passes to one rank's files; not thread-safe.
 
     Raises `TraceError` at the start if the folder cannot be written or has a trace of this rank
-    already, and never after: `stopped` then says why nothing is written any more.
+    already, and never after: `stopped` then says why nothing is written any more. `num_bytes` and
+    `num_passes` are what all files of this writer hold.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class TraceWriter:
         )
         self._max_file_bytes = max_file_bytes
         self.stopped = ""
+        self.num_bytes = 0
+        self.num_passes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.glob(f"rank-{rank:03d}.*.trace")):
                 raise FileExistsError
-            self._file, self._num_bytes = self._begin()
+            self._file, self._file_bytes = self._begin()
         except FileExistsError as error:
             raise TraceError(
                 f"trace folder {folder}: holds a trace of rank {rank} already, perhaps of a "
@@ -85,7 +88,7 @@ class TraceWriter:
         except ValueError as error:
             self._give_up(str(error))
         else:
-            self._append(Kind.PASS, payload)
+            self.num_passes += self._append(Kind.PASS, payload)
 
     def reconfigure(self, config: Config) -> None:
         """Append a change of configuration."""
@@ -102,26 +105,33 @@ class TraceWriter:
         path = self._folder / file_name(self._header.rank, self._header.file)
         header = frames.frame(Kind.HEADER, codec.encode_header(self._header))
         file = FileIO(path, "xb")
-        return file, _write(file, frames.preamble() + header)
+        num_bytes = _write(file, frames.preamble() + header)
+        self.num_bytes += num_bytes
+        return file, num_bytes
 
-    def _append(self, kind: Kind, payload: bytes) -> None:
+    def _append(self, kind: Kind, payload: bytes) -> bool:
+        """Whether the frame was written."""
         if self.stopped:
-            return
+            return False
         data = frames.frame(kind, payload)
         try:
-            if self._num_bytes + len(data) > self._max_file_bytes:
+            if self._file_bytes + len(data) > self._max_file_bytes:
                 self._rotate()
-            self._num_bytes += _write(self._file, data)
+            num_bytes = _write(self._file, data)
         except OSError as error:
             # What has been written of the frame is taken back, else it is a torn one.
             with contextlib.suppress(OSError):
-                self._file.truncate(self._num_bytes)
+                self._file.truncate(self._file_bytes)
             self._give_up(str(error.strerror))
+            return False
+        self._file_bytes += num_bytes
+        self.num_bytes += num_bytes
+        return True
 
     def _rotate(self) -> None:
         full = self._file
         self._header = msgspec.structs.replace(self._header, file=self._header.file + 1)
-        self._file, self._num_bytes = self._begin()
+        self._file, self._file_bytes = self._begin()
         full.close()
 
     def _give_up(self, why: str) -> None:
