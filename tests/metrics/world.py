@@ -8,6 +8,7 @@ Shape letters: L MoE layers, R ranks, E logical experts, M modalities.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from sglang_moelb.types import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+BOARD = ROOT / "dashboards" / "moelb.json"
 CONFIG = merge(Config(), {"mode": "auto", "controller": {"quality_budget": 0.04}})
 GATE_REASONS = (
     "98 prefill tokens, below min_batch_tokens 100",
@@ -159,6 +161,12 @@ def value(name: str, labels: Mapping[str, str] | None = None) -> float | None:
     from prometheus_client import REGISTRY
 
     return REGISTRY.get_sample_value(name, dict(labels or {}))
+
+
+def board_queries() -> list[str]:
+    """Every query of the board."""
+    panels = json.loads(BOARD.read_text(encoding="utf-8"))["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
 def _main() -> None:
