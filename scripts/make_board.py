@@ -77,7 +77,7 @@ STATS: list[Stat] = [
      f"max({of('moelb_quality_spent_ratio')}) / (max({of('moelb_quality_budget_ratio')}) > 0)"
      " or vector(0)", "percentunit", [(None, GREEN), (0.8, ORANGE), (1.0, RED)],
      "Gate mass lost over the quality window, as a share of what may be lost."),
-    ("Trace", f"{of('moelb_trace_state')} == 1", "name:trace_state", [(None, "blue")],
+    ("Trace", f"{of('moelb_trace_state')} == 1", "name:trace}} {{trace_state", [(None, "blue")],
      "Of passes and of tokens. Stopped: a full disk, or see the log."),
 ]  # fmt: skip
 
@@ -188,9 +188,9 @@ def stat(number: int, one: Stat) -> dict[str, Any]:
 
 
 def _alarm(series: str) -> dict[str, Any]:
-    """Paint the series of this name red."""
+    """Paint series whose name ends in this word red."""
     return {
-        "matcher": {"id": "byName", "options": series},
+        "matcher": {"id": "byRegexp", "options": f"/{series}$/"},
         "properties": [{"id": "color", "value": {"mode": "fixed", "fixedColor": RED}}],
     }
 
