@@ -39,13 +39,19 @@ class PassOpener:
     """Opens the passes of one rank: `begin` sends, `opened` waits when the pass is first needed."""
 
     def __init__(
-        self, seat: Seat, agreement: Agreement, controller: ControllerThread | None
+        self,
+        seat: Seat,
+        agreement: Agreement,
+        controller: ControllerThread | None,
+        sample_every: int = 0,
     ) -> None:
         self._seat = seat
         self._agreement = agreement
         self._controller = controller
         self._opening: Opening | None = None
         self._log: PassLog | None = None
+        self._sample_every = sample_every
+        self._num_prefills = 0
         self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
@@ -98,6 +104,7 @@ class PassOpener:
             begun=opening.begun,
             timed=self._is_timed(lever),
             flags_T=flags_T,
+            tokens_L=[] if prefill and self._is_sampled() else None,
         )
         self.num_passes += 1
         return self._log
@@ -107,6 +114,11 @@ class PassOpener:
         log = self.opened()
         self._log = None
         return log
+
+    def _is_sampled(self) -> bool:
+        """Whether `ep.token_trace` takes this prefill pass; alike on all ranks."""
+        self._num_prefills += 1
+        return bool(self._sample_every) and (self._num_prefills - 1) % self._sample_every == 0
 
     def _is_timed(self, lever: Lever) -> bool:
         often = self._num_large <= TIMED_FIRST or self._num_large % TIMED_EVERY == 0

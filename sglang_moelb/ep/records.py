@@ -45,6 +45,7 @@ class PassLog:
     """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
 
     `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, or nothing: see `timed`.
+    `tokens_L` holds the router's ids and weights where `ep.token_trace` samples the pass.
     """
 
     step: int
@@ -58,6 +59,7 @@ class PassLog:
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
     observing: tuple[AnyMark, AnyMark] | None = None
+    tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,7 @@ def close(
     if device.type == "cuda":
         counts_LRW = _to_pinned(counts_LRW)
         stats_R8 = None if stats_R8 is None else _to_pinned(stats_R8)
-    log.ids_L, log.outcomes_L = [], []
+    log.ids_L, log.outcomes_L, log.tokens_L = [], [], None
     return HostCopy(log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device))
 
 

@@ -29,6 +29,7 @@ from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.types import Lever, StepRecord
 
 logger = logging.getLogger("sglang_moelb")
@@ -46,10 +47,13 @@ class Runtime:
         exchange: Exchange | SymmetricExchange,
         controller: ControllerThread | None,
         ledger: Ledger | None,
+        token_trace: TokenTrace | None = None,
     ) -> None:
         self._seat = seat
         self._config = config
-        self._passes = PassOpener(seat, agreement, controller)
+        self._token_trace = token_trace
+        every = token_trace.every if token_trace else 0
+        self._passes = PassOpener(seat, agreement, controller, sample_every=every)
         self._controller = controller
         self._ledger = ledger
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
@@ -82,6 +86,8 @@ class Runtime:
         log.marks_L.append({})
         self._marks = log.marks_L[-1] if log.timed else None
         self._mark("dispatch")
+        if log.tokens_L is not None:
+            log.tokens_L.append((topk_output.topk_ids, topk_output.topk_weights))
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
@@ -128,6 +134,8 @@ class Runtime:
         if not log.marks_L:
             return
         counts_LRW, stats_R8 = self._gathered(log)
+        if log.tokens_L and self._token_trace:
+            self._token_trace.add(log, self._flags_of(log, log.tokens_L[0][0].shape[0]))
         if self._controller:
             copy = records.close(log, counts_LRW, stats_R8, self._seat.device)
             self._controller.submit(
@@ -184,6 +192,7 @@ class Runtime:
             "num_passes": self._passes.num_passes,
             "seams": dict(num_passed),
             "controller": {"state": "off"},
+            "trace_tokens": self._token_trace.stats.state if self._token_trace else "off",
         }
         if self._controller and self._ledger:
             answer["controller"] = self._controller_status()

@@ -19,6 +19,7 @@ from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.token_trace import token_trace_of
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TraceError
 from sglang_moelb.trace.writer import TraceWriter
@@ -48,6 +49,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
     controller = ledger = None
+    tokens = token_trace_of(seat, config)
     if seat.rank == LEADER:
         # The controller thread computes in Python; the default of 5 ms would let it keep the
         # interpreter lock from the serving thread for that long each time.
@@ -59,7 +61,8 @@ def attach_to(model_runner: Any, config: Config) -> None:
             Controller(config, seat.topology), config, _publisher(ledger, metrics), trace
         )
         if metrics:
-            metrics.watch(controller, {"passes": trace} if trace else {})
+            traces = {"passes": trace, "tokens": tokens}
+            metrics.watch(controller, {name: one for name, one in traces.items() if one})
     runtime = Runtime(
         seat,
         config,
@@ -73,6 +76,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
         ),
         controller,
         ledger,
+        tokens,
     )
     points.attach(runtime)
     logger.info(
