@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         help="with --moelb-trace: every rank also writes the routing of each token of one prefill "
-        "pass of N to that folder, about 3 bytes a token, layer and chosen expert (default: 0, "
+        "pass of N to that folder, about 2 bytes a token, layer and chosen expert (default: 0, "
         "none).",
     )
     defaults = configuration.flat(Config())

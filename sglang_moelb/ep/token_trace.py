@@ -46,7 +46,7 @@ class TokenTrace:
         assert log.tokens_L is not None
         ids_LTK = torch.stack([ids_TK for ids_TK, _ in log.tokens_L]).to(torch.int16)
         weights_LTK = torch.stack([weights_TK for _, weights_TK in log.tokens_L]).half()
-        copies = [_to_host(tensor) for tensor in (ids_LTK, weights_LTK, flags_T)]
+        copies = [_to_host(tensor) for tensor in (ids_LTK, weights_LTK, flags_T.clone())]
         copied = mark_on(self._device)
         step, lever = log.step, log.lever.name.lower()
         self._background.add(PendingTokens(build=lambda: _built(step, lever, copies, copied)))
@@ -75,9 +75,9 @@ def token_trace_of(seat: Seat, config: Config) -> TokenTrace | None:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that outlives the pass: on its way to pinned memory on CUDA, made at once on CPU."""
+    """On CUDA a copy on its way to pinned memory, on CPU the tensor itself."""
     if not tensor.is_cuda:
-        return tensor.clone()
+        return tensor
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
 
