@@ -55,6 +55,7 @@ class ControllerThread:
         self._effects: Effects | None = None
         self._error = ""
         self.on_state: Callable[[State], None] = lambda state: None
+        self.on_config: Callable[[Config], None] = lambda config: None
         self._submitted_s: deque[float] = deque(maxlen=MAX_PENDING)
         self._num_submitted = 0
         self._num_done = 0
@@ -80,6 +81,7 @@ class ControllerThread:
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
+        self.on_config(config)
         self._inbox.put(config)
 
     def stop(self) -> None:
@@ -112,11 +114,6 @@ class ControllerThread:
     def trace_state(self) -> str:
         """"off", "running", or why the trace has stopped."""
         return (self._trace.stopped or "running") if self._trace else "off"
-
-    @property
-    def config(self) -> Config:
-        """The configuration in force."""
-        return self._config
 
     @property
     def num_submitted(self) -> int:

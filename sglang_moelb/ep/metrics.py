@@ -6,15 +6,15 @@ Shape letters: L MoE layers, R ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang_moelb.config import Config
 from sglang_moelb.ep.records import routed_rank_rows
 from sglang_moelb.ep.status import balancedness
-from sglang_moelb.metrics.labels import TRACES, VALUES, decision_class, gate_class
+from sglang_moelb.metrics.labels import VALUES, decision_class, gate_class
 from sglang_moelb.metrics.table import METRICS, STALLED_SHARE, Metric
+from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TraceStats
 from sglang_moelb.types import Effects, IntArray, Lever, LoadEstimate, StepRecord
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from sglang_moelb.ep.controller_thread import ControllerThread, State
 
 REFRESH_S = 0.5  # a series a layer and rank costs too much to be written with every pass
-
-
-class Traced(Protocol):
-    """A trace that says how far it is."""
-
-    @property
-    def stats(self) -> TraceStats:
-        """What has been written up to here."""
-        ...
 
 
 class Metrics:
@@ -48,10 +39,7 @@ class Metrics:
             if all(label in VALUES for label in metric.labels):
                 for chosen in product(*(VALUES[label] for label in metric.labels)):
                     self._of(metric.name, *chosen)
-        self._controller: ControllerThread | None = None
-        self._traces: Mapping[str, Traced] = {}
         self._traced: dict[str, TraceStats] = {}
-        self._config: Config | None = None
         self._refreshed_s = -REFRESH_S
 
     @classmethod
@@ -61,18 +49,25 @@ class Metrics:
 
         return cls() if get_observability().enable_metrics else None
 
-    def watch(self, controller: ControllerThread, traces: Mapping[str, Traced]) -> None:
-        """Follow the state and the configuration of `controller`, and traces by their name.
+    def watch(self, controller: ControllerThread, config: Config) -> None:
+        """Follow the state of `controller` and its configuration, which is `config` to begin with.
 
-        The serving thread publishes the state, because a controller that hangs cannot.
+        For the serving thread's process: a controller that hangs cannot tell.
         """
-        self._controller = controller
-        self._traces = traces
         controller.on_state = self._note_state
+        controller.on_config = self._note_config
         self._choose("moelb_controller_state", "running")
-        self._note_config(controller.config)
-        for trace in TRACES:
-            self._note_trace(trace)
+        self._note_config(config)
+
+    def follow(self, trace: str, writer: BackgroundWriter | None) -> None:
+        """Follow the trace `trace`, of passes or of tokens, from what writes it; None: it is off.
+
+        For the process in which `writer` is; its thread publishes what it has written.
+        """
+        self._choose("moelb_trace_state", "off" if writer is None else "running", trace)
+        if writer:
+            writer.on_written = lambda: self._note_trace(trace, writer.stats)
+            writer.on_written()
 
     def add(self, record: StepRecord, effects: Effects) -> None:
         """Count one prefill pass; others are left out."""
@@ -84,10 +79,6 @@ class Metrics:
         self._add_costs(record, effects.estimate)
         before_LR = routed_rank_rows(record.rows_LEM, record.rows_after_LR.shape[1])
         self._add_balance(record, effects.estimate, before_LR)
-        if self._controller and self._controller.config is not self._config:
-            self._note_config(self._controller.config)
-        for trace in self._traces:
-            self._note_trace(trace)
 
     def _add_does(self, record: StepRecord, effects: Effects) -> None:
         lever = record.used_lever.name.lower()
@@ -152,22 +143,18 @@ class Metrics:
             self._of("moelb_stalls_total", "controller").inc()
 
     def _note_config(self, config: Config) -> None:
-        self._config = config
         self._choose("moelb_mode", config.mode)
         self._of("moelb_quality_budget_ratio").set(config.controller.quality_budget)
 
-    def _note_trace(self, trace: str) -> None:
-        writer = self._traces.get(trace)
-        stats = writer.stats if writer else TraceStats(state="off")
+    def _note_trace(self, trace: str, stats: TraceStats) -> None:
         before = self._traced.get(trace, TraceStats(state="off"))
         self._traced[trace] = stats
+        num_missed = stats.num_missed - before.num_missed
         self._choose("moelb_trace_state", stats.state, trace)
-        if stats != before:
-            num_missed = stats.num_missed - before.num_missed
-            self._of("moelb_trace_bytes_total", trace).inc(stats.num_bytes - before.num_bytes)
-            self._of("moelb_trace_passes_total", trace).inc(stats.num_passes - before.num_passes)
-            self._of("moelb_trace_missed_passes_total", trace).inc(num_missed)
-            self._of("moelb_stalls_total", "trace").inc(num_missed)
+        self._of("moelb_trace_bytes_total", trace).inc(stats.num_bytes - before.num_bytes)
+        self._of("moelb_trace_passes_total", trace).inc(stats.num_passes - before.num_passes)
+        self._of("moelb_trace_missed_passes_total", trace).inc(num_missed)
+        self._of("moelb_stalls_total", "trace").inc(num_missed)
 
     def _choose(self, name: str, chosen: str, *labels: str) -> None:
         """Set the series of the last label's value `chosen` to 1 and those of its others to 0."""

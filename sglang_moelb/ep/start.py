@@ -61,8 +61,9 @@ def attach_to(model_runner: Any, config: Config) -> None:
             Controller(config, seat.topology), config, _publisher(ledger, metrics), trace
         )
         if metrics:
-            traces = {"passes": trace, "tokens": tokens}
-            metrics.watch(controller, {name: one for name, one in traces.items() if one})
+            metrics.watch(controller, config)
+            metrics.follow("passes", trace)
+            metrics.follow("tokens", tokens.background if tokens else None)
     runtime = Runtime(
         seat,
         config,

@@ -32,16 +32,16 @@ class TokenTrace:
     def __init__(self, writer: TokenWriter, every: int, device: torch.device) -> None:
         self.every = every
         self._device = device
-        self._background = BackgroundWriter(writer, MAX_PENDING)
+        self.background = BackgroundWriter(writer, MAX_PENDING)
 
     @property
     def stats(self) -> TraceStats:
         """What has been written up to here."""
-        return self._background.stats
+        return self.background.stats
 
     def add(self, log: PassLog, flags_T: torch.Tensor) -> None:
         """Start the copies of a sampled pass and hand them over; no host sync."""
-        if not self._background.has_room():
+        if not self.background.has_room():
             return
         assert log.tokens_L is not None
         ids_LTK = torch.stack([ids_TK for ids_TK, _ in log.tokens_L]).to(torch.int16)
@@ -49,11 +49,11 @@ class TokenTrace:
         copies = [_to_host(tensor) for tensor in (ids_LTK, weights_LTK, flags_T.clone())]
         copied = mark_on(self._device)
         step, lever = log.step, log.lever.name.lower()
-        self._background.add(PendingTokens(build=lambda: _built(step, lever, copies, copied)))
+        self.background.add(PendingTokens(build=lambda: _built(step, lever, copies, copied)))
 
     def close(self) -> None:
         """Write what was handed over."""
-        self._background.close()
+        self.background.close()
 
 
 def token_trace_of(seat: Seat, config: Config) -> TokenTrace | None:

@@ -20,11 +20,11 @@ GATES: Mapping[str, re.Pattern[str]] = MappingProxyType(
 # Why the controller decided as it did: the sentences of `controller.decide` in classes.
 DECISIONS: Mapping[str, re.Pattern[str]] = MappingProxyType(
     {
-        "budget": re.compile("^quality.budget (spent|is 0)"),
+        "budget": re.compile("^(quality|downgrade).budget (spent|is 0)"),
         "no_passes": re.compile("^no prefill pass"),
         "no_times": re.compile("^no time of"),
         "low_confidence": re.compile("^confidence "),
-        "too_lossy": re.compile("but quality_budget .* allows"),
+        "too_lossy": re.compile("but (quality|downgrade)_budget .* allows"),
         "dwell": re.compile("^holding "),
         "keep": re.compile("^keeping "),
         "balanced": re.compile("^(balanced|not worth a change)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ class BackgroundWriter:
     def __init__(self, writer: PassWriter, max_pending: int = MAX_PENDING) -> None:
         self._writer = writer
         self._max_pending = max_pending
+        self.on_written: Callable[[], None] = lambda: None  # called in the thread, item by item
         self._inbox: queue.Queue[TracedPass | PendingTokens | Config | None] = queue.Queue()
         self._num_missed = 0
         self._num_missed_before = 0
@@ -95,4 +97,5 @@ class BackgroundWriter:
                 self._writer.reconfigure(item)
             else:
                 self._writer.add(item)
+            self.on_written()
         self._writer.close()

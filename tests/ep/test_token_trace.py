@@ -177,7 +177,7 @@ def test_a_slow_disk_leaves_passes_out_and_counts_them(tmp_path: Path) -> None:
 
     world = World(tmp_path, every=1)
     assert world.trace is not None
-    writer = world.trace._background._writer
+    writer = world.trace.background._writer
     go, add = threading.Event(), writer.add
 
     def held(item: Any) -> None:
@@ -190,7 +190,7 @@ def test_a_slow_disk_leaves_passes_out_and_counts_them(tmp_path: Path) -> None:
     missed = world.trace.stats.num_missed
     assert missed in (3, 4)
     go.set()
-    while world.trace._background._inbox.qsize():
+    while world.trace.background._inbox.qsize():
         pass
     world.serve()
     found = world.traced()
@@ -201,7 +201,7 @@ def test_a_slow_disk_leaves_passes_out_and_counts_them(tmp_path: Path) -> None:
 
 def test_the_status_tells_that_the_trace_has_stopped(world: World) -> None:
     assert world.runtime.status()["trace_tokens"] == "running"
-    world.trace._background._writer.stopped = "no space left"  # type: ignore[union-attr]
+    world.trace.background._writer.stopped = "no space left"  # type: ignore[union-attr]
     assert world.runtime.status()["trace_tokens"] == "stopped"
 
 

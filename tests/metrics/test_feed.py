@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
@@ -19,8 +20,10 @@ from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.open_pass import gate_reason
 from sglang_moelb.metrics.labels import DECISIONS, GATES, OTHER, decision_class, gate_class
 from sglang_moelb.metrics.table import METRICS
+from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TraceStats
 from sglang_moelb.types import Lever, LeverForecast, Phase, Policy, Topology
+from tests.trace.world import rich_pass, writer
 
 from .world import CONFIG, Watched, Writing, effects, record, value
 
@@ -140,7 +143,7 @@ def test_layers_and_ranks_are_refreshed_twice_a_second(
 
 def test_the_state_of_the_controller_is_followed(metrics: Metrics) -> None:
     watched = Watched()
-    metrics.watch(watched, {})  # type: ignore[arg-type]
+    metrics.watch(watched, CONFIG)  # type: ignore[arg-type]
     assert value("moelb_controller_state", {"state": "running"}) == 1
     for state, num_stalls in (("hung", 1), ("running", 1), ("dead", 2)):
         watched.on_state(state)
@@ -151,11 +154,10 @@ def test_the_state_of_the_controller_is_followed(metrics: Metrics) -> None:
 
 def test_mode_and_budget_follow_the_configuration(metrics: Metrics) -> None:
     watched = Watched()
-    metrics.watch(watched, {})  # type: ignore[arg-type]
+    metrics.watch(watched, CONFIG)  # type: ignore[arg-type]
     assert value("moelb_mode", {"mode": "auto"}) == 1
     assert value("moelb_quality_budget_ratio") == 0.04
-    watched.config = merge(CONFIG, {"mode": "drop", "controller": {"quality_budget": 0.2}})
-    metrics.add(record(TOPOLOGY), effects(TOPOLOGY))
+    watched.on_config(merge(CONFIG, {"mode": "drop", "controller": {"quality_budget": 0.2}}))
     assert value("moelb_mode", {"mode": "drop"}) == 1
     assert value("moelb_mode", {"mode": "auto"}) == 0
     assert value("moelb_quality_budget_ratio") == 0.2
@@ -163,19 +165,35 @@ def test_mode_and_budget_follow_the_configuration(metrics: Metrics) -> None:
 
 def test_a_trace_is_followed_until_it_stops(metrics: Metrics) -> None:
     writing = Writing()
-    metrics.watch(Watched(), {"passes": writing})  # type: ignore[arg-type]
+    metrics.follow("passes", writing)  # type: ignore[arg-type]
+    metrics.follow("tokens", None)
     passes = {"trace": "passes"}
     assert value("moelb_trace_bytes_total", passes) == 100
     assert value("moelb_trace_state", {**passes, "trace_state": "running"}) == 1
     assert value("moelb_trace_state", {"trace": "tokens", "trace_state": "off"}) == 1
     writing.stats = TraceStats(state="stopped", num_bytes=250, num_passes=3, num_missed=2)
-    metrics.add(record(TOPOLOGY), effects(TOPOLOGY))
+    writing.on_written()
     assert value("moelb_trace_bytes_total", passes) == 250
     assert value("moelb_trace_passes_total", passes) == 3
     assert value("moelb_trace_missed_passes_total", passes) == 2
     assert value("moelb_stalls_total", {"kind": "trace"}) == 2
     assert value("moelb_trace_state", {**passes, "trace_state": "stopped"}) == 1
     assert value("moelb_trace_state", {**passes, "trace_state": "running"}) == 0
+
+
+def test_a_writer_tells_what_it_wrote_and_that_it_stopped(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    background = BackgroundWriter(writer(tmp_path))
+    metrics.follow("passes", background)
+    background.add(rich_pass(0))
+    background.add(replace(rich_pass(1), rows_LREM=np.zeros((1, 1, 1, 2), dtype=np.int64)))
+    background.close()
+    passes = {"trace": "passes"}
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert value("moelb_trace_bytes_total", passes) == size
+    assert value("moelb_trace_passes_total", passes) == 1
+    assert value("moelb_trace_state", {**passes, "trace_state": "stopped"}) == 1
 
 
 def gate(phase: Phase, num_tokens: int) -> str:

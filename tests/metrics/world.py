@@ -23,7 +23,7 @@ import numpy as np
 
 from sglang_moelb.config import Config, merge
 from sglang_moelb.ep.metrics import Metrics
-from sglang_moelb.metrics.labels import STATES
+from sglang_moelb.metrics.labels import STATES, TRACES
 from sglang_moelb.trace.types import TraceStats
 from sglang_moelb.types import (
     Decision,
@@ -119,8 +119,8 @@ def effects(topology: Topology, lever: Lever = Lever.NONE, reason: str = "mode n
 class Watched:
     """A controller as far as the metrics ask it."""
 
-    config: Config = CONFIG
     on_state: Any = None
+    on_config: Any = None
 
 
 @dataclass
@@ -130,6 +130,7 @@ class Writing:
     stats: TraceStats = field(
         default_factory=lambda: TraceStats(state="running", num_bytes=100, num_passes=1)
     )
+    on_written: Any = None
 
 
 def everything(topology: Topology) -> Iterator[tuple[StepRecord, Effects]]:
@@ -178,7 +179,9 @@ def _main() -> None:
         num_layers=num_layers, num_experts=2 * num_ranks, num_ranks=num_ranks, topk=8
     )
     metrics, watched = Metrics(), Watched()
-    metrics.watch(watched, {"passes": Writing(), "tokens": Writing()})  # type: ignore[arg-type]
+    metrics.watch(watched, CONFIG)  # type: ignore[arg-type]
+    for trace in TRACES:
+        metrics.follow(trace, Writing())  # type: ignore[arg-type]
     for one, effect in everything(topology):
         metrics.add(one, effect)
     for state in STATES:
