@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from sglang_moelb.config import Config, trace_folder, trace_tokens
-from sglang_moelb.ep.clock import DeviceMark, mark_on
-from sglang_moelb.ep.records import AnyMark, PassLog
+from sglang_moelb.ep.records import PassLog
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.trace.background import BackgroundWriter
@@ -47,7 +46,9 @@ class TokenTrace:
         ids_LTK = torch.stack([ids_TK for ids_TK, _ in log.tokens_L]).to(torch.int16)
         weights_LTK = torch.stack([weights_TK for _, weights_TK in log.tokens_L]).half()
         copies = [_to_host(tensor) for tensor in (ids_LTK, weights_LTK, flags_T.clone())]
-        copied = mark_on(self._device)
+        copied = torch.cuda.Event() if self._device.type == "cuda" else None
+        if copied:
+            copied.record()
         step, lever = log.step, log.lever.name.lower()
         self.background.add(PendingTokens(build=lambda: _built(step, lever, copies, copied)))
 
@@ -82,10 +83,12 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return pinned.copy_(tensor, non_blocking=True)
 
 
-def _built(step: int, lever: str, copies: list[torch.Tensor], copied: AnyMark) -> TokenPass:
+def _built(
+    step: int, lever: str, copies: list[torch.Tensor], copied: torch.cuda.Event | None
+) -> TokenPass:
     """The pass on the host; waits for the device, so only in the writer's thread."""
-    if isinstance(copied, DeviceMark):
-        copied.wait()
+    if copied:
+        copied.synchronize()
     ids_LTK, weights_LTK, flags_T = (copy.numpy() for copy in copies)
     return TokenPass(
         step=step,
