@@ -34,7 +34,6 @@ class Metrics:
     def __init__(self) -> None:
         self._made = {metric.name: _make(metric) for metric in METRICS}
         self._series: dict[tuple[str, ...], Any] = {}
-        self._chosen: dict[tuple[str, ...], str] = {}
         for metric in METRICS:
             if all(label in VALUES for label in metric.labels):
                 for chosen in product(*(VALUES[label] for label in metric.labels)):
@@ -141,6 +140,7 @@ class Metrics:
         self._choose("moelb_controller_state", state)
         if state != "running":
             self._of("moelb_stalls_total", "controller").inc()
+            self._choose("moelb_policy_lever", "none")
 
     def _note_config(self, config: Config) -> None:
         self._choose("moelb_mode", config.mode)
@@ -158,9 +158,6 @@ class Metrics:
 
     def _choose(self, name: str, chosen: str, *labels: str) -> None:
         """Set the series of the last label's value `chosen` to 1 and those of its others to 0."""
-        if self._chosen.get((name, *labels)) == chosen:
-            return
-        self._chosen[(name, *labels)] = chosen
         label = next(metric.labels[-1] for metric in METRICS if metric.name == name)
         for value in VALUES[label]:
             self._of(name, *labels, value).set(value == chosen)

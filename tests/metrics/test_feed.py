@@ -152,6 +152,19 @@ def test_the_state_of_the_controller_is_followed(metrics: Metrics) -> None:
             assert value("moelb_controller_state", {"state": other}) == (other == state)
 
 
+def test_the_lever_in_force_is_none_until_the_controller_answers_again(metrics: Metrics) -> None:
+    watched, drop = Watched(), {"lever": "drop"}
+    metrics.watch(watched, CONFIG)  # type: ignore[arg-type]
+    metrics.add(record(TOPOLOGY, Lever.DROP), effects(TOPOLOGY, Lever.DROP))
+    assert value("moelb_policy_lever", drop) == 1
+    watched.on_state("hung")
+    assert value("moelb_policy_lever", drop) == 0
+    assert value("moelb_policy_lever", {"lever": "none"}) == 1
+    watched.on_state("running")
+    metrics.add(record(TOPOLOGY, Lever.DROP), effects(TOPOLOGY, Lever.DROP))
+    assert value("moelb_policy_lever", drop) == 1
+
+
 def test_mode_and_budget_follow_the_configuration(metrics: Metrics) -> None:
     watched = Watched()
     metrics.watch(watched, CONFIG)  # type: ignore[arg-type]
