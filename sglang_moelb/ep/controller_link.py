@@ -106,6 +106,7 @@ class ControllerLink:
         self._is_closed = False
         self._last_state: State = "running"
         self.on_state: Callable[[State], None] = lambda state: None
+        self.on_config: Callable[[Config], None] = lambda config: None
         self._outbox: deque[ClosedPass | bytes] = deque()
         self._told_s: deque[float] = deque()  # of each pass that is not answered yet
         self._num_submitted = self._num_answered = 0
@@ -139,6 +140,7 @@ class ControllerLink:
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
+        self.on_config(config)
         self._outbox.append(encode(NewConfig(config=config)))
         self._take_turn(self._tell)
         self._left.set()

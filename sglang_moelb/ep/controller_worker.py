@@ -34,6 +34,8 @@ class Worker:
         self._ledger = Ledger(setup.topology)
         self._trace = _trace(setup)
         self._metrics = Metrics() if setup.has_metrics else None
+        if self._metrics:
+            self._metrics.follow("passes", self._trace)
         self._verdicts = VerdictLog()
         self._judged: Verdict | None = None  # as said last
         self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut

@@ -42,7 +42,11 @@ class PassOpener:
     """Opens the passes of one rank: `begin` sends, `opened` waits when the pass is first needed."""
 
     def __init__(
-        self, seat: Seat, agreement: Agreement, controller: ControllerLink | None
+        self,
+        seat: Seat,
+        agreement: Agreement,
+        controller: ControllerLink | None,
+        sample_every: int = 0,
     ) -> None:
         self._seat = seat
         self._agreement = agreement
@@ -50,6 +54,8 @@ class PassOpener:
         self._even_flags = EvenFlags()
         self._opening: Opening | None = None
         self.log: PassLog | None = None  # of the pass under way, once it has been asked for
+        self._sample_every = sample_every
+        self._num_prefills = 0
         self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
@@ -115,6 +121,7 @@ class PassOpener:
             begun=opening.begun,
             timed=self._is_timed(lever),
             flags_T=flags_T,
+            tokens_L=[] if self._is_sampled() else None,
         )
         return self.log
 
@@ -131,6 +138,11 @@ class PassOpener:
             return token_flags(input_ids_T, requests)
         is_protected = requests.num_protected == requests.num_tokens
         return self._even_flags.of(input_ids_T, FLAG_PROTECTED if is_protected else 0)
+
+    def _is_sampled(self) -> bool:
+        """Whether `ep.token_trace` takes this prefill pass; alike on all ranks."""
+        self._num_prefills += 1
+        return bool(self._sample_every) and (self._num_prefills - 1) % self._sample_every == 0
 
     def _is_timed(self, lever: Lever) -> bool:
         often = self._num_large <= TIMED_FIRST or self._num_large % TIMED_EVERY == 0

@@ -33,6 +33,7 @@ class PassLog:
     """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
 
     `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, where `timed`, else none.
+    `tokens_L` holds the router's ids and weights where `ep.token_trace` samples the pass.
     """
 
     step: int
@@ -46,6 +47,7 @@ class PassLog:
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
     observing: AnyMark | None = None  # when all layers' counting began, without a lever
+    tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +92,7 @@ def close(
     slot.counts_RLW.copy_(counts_RLW, non_blocking=True)
     if stats_R8 is not None:
         slot.stats_R8.copy_(stats_R8, non_blocking=True)
-    log.ids_L, log.outcomes_L = [], []
+    log.ids_L, log.outcomes_L, log.tokens_L = [], [], None
     return ClosedPass(log=log, slot=slot.number, ended=mark_on(counts_RLW.device))
 
 

@@ -27,6 +27,7 @@ from sglang_moelb.ep.open_pass import PassOpener
 from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.types import Lever
 
 logger = logging.getLogger("sglang_moelb")
@@ -43,11 +44,14 @@ class Runtime:
         agreement: Agreement,
         exchange: Exchange | SymmetricExchange,
         controller: ControllerLink | None,
+        token_trace: TokenTrace | None = None,
     ) -> None:
         self._seat = seat
         self._layer_of_dispatcher = seat.layer_of_dispatcher
         self._config = config
-        self._passes = PassOpener(seat, agreement, controller)
+        self._token_trace = token_trace
+        every = token_trace.every if token_trace else 0
+        self._passes = PassOpener(seat, agreement, controller, sample_every=every)
         self._controller = controller
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
@@ -80,6 +84,8 @@ class Runtime:
             self._marks = {}
             log.marks_L.append(self._marks)
             self._mark("dispatch")
+        if log.tokens_L is not None:
+            log.tokens_L.append((topk_output.topk_ids, topk_output.topk_weights))
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
@@ -130,6 +136,8 @@ class Runtime:
         if not (log.ids_L or log.outcomes_L):
             return
         gathered = self._gathered(log)
+        if log.tokens_L and self._token_trace:
+            self._token_trace.add(log, self._flags_of(log, log.tokens_L[0][0].shape[0]))
         if self._controller and gathered:
             self._controller.submit(log, *gathered)
 
@@ -175,6 +183,7 @@ class Runtime:
             "num_passes": self._passes.num_passes,
             "seams": dict(num_passed),
             "controller": {"state": "off"},
+            "trace_tokens": self._token_trace.stats.state if self._token_trace else "off",
         }
         if self._controller:
             answer |= self._controller.status()

@@ -16,6 +16,7 @@ from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
@@ -41,7 +42,8 @@ def attach_to(model_runner: Any, config: Config) -> None:
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
     one_host = model_runner.server_args.nnodes == 1
-    controller = _controller(seat, config) if seat.rank == LEADER else None
+    tokens = token_trace_of(seat, config)
+    controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
     runtime = Runtime(
         seat,
         config,
@@ -54,6 +56,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
             one_host=one_host,
         ),
         controller,
+        tokens,
     )
     points.attach(runtime)
     logger.info(
@@ -66,7 +69,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     )
 
 
-def _controller(seat: Seat, config: Config) -> ControllerLink:
+def _controller(seat: Seat, config: Config, tokens: TokenTrace | None) -> ControllerLink:
     """The controller process of the leader; ends this process where it cannot begin."""
     metrics = Metrics.if_enabled()
     try:
@@ -81,7 +84,8 @@ def _controller(seat: Seat, config: Config) -> ControllerLink:
     except ControllerError as error:
         sys.exit(f"sglang_moelb: {error}")
     if metrics:
-        metrics.watch(controller)
+        metrics.watch(controller, config)
+        metrics.follow("tokens", tokens.background if tokens else None)
     return controller
 
 
