@@ -214,7 +214,7 @@ def fake_quantise_fp4(weights: Tensor, block_format: BlockFormat) -> Tensor:
     """Weights (E, ..., K) to `block_format` and back to their dtype, for FP4 by emulation.
 
     In bfloat16 the MX formats come back exactly; NVFP4's product with `globals` is rounded to 8
-    bits, which adds at most 2**-9 relative. Runs wherever `weights` are, expert by expert, so that
+    bits, which adds at most 2**-8 relative. Runs wherever `weights` are, expert by expert, so that
     a layer takes no float32 copy.
     """
     result = torch.empty_like(weights)

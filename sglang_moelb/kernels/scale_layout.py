@@ -56,9 +56,11 @@ def pack_mn_major(scales: Tensor) -> Tensor:
     num_rows, num_columns = scales.shape[-2:]
     padded = pad(scales, (0, -num_columns % 4, 0, -num_rows % WORDS_ALIGNMENT))
     words = padded.contiguous().view(torch.int32)  # little-endian, as every CUDA host is
-    return words.transpose(-1, -2).contiguous().transpose(-1, -2)[..., :num_rows, :]
+    columns = words.new_empty(*words.shape[:-2], words.shape[-1], words.shape[-2])
+    return columns.copy_(words.transpose(-1, -2)).transpose(-1, -2)[..., :num_rows, :]
 
 
 def unpack_mn_major(packed: Tensor, num_columns: int) -> Tensor:
     """The inverse of `pack_mn_major`: uint8 (..., N, S)."""
-    return packed.contiguous().view(torch.uint8)[..., :num_columns].contiguous()
+    words = packed.new_empty(packed.shape).copy_(packed)
+    return words.view(torch.uint8)[..., :num_columns].contiguous()
