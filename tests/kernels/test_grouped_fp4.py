@@ -145,6 +145,16 @@ def test_the_smallest_scale_is_a_number_not_zero(grouped_fp4: Callable) -> None:
     assert grouped_fp4(rows, weights, groups_of([(0, 1)])).item() == 32 * 2.0**-27
 
 
+def test_a_nan_scale_gives_nan_whatever_the_codes(grouped_fp4: Callable) -> None:
+    weights = BlockScaled(
+        format=BlockFormat.MXFP4,
+        codes=torch.full((1, 2, 16), 0x22, dtype=torch.uint8),
+        scales=torch.tensor([[[255], [127]]], dtype=torch.uint8),
+    )
+    out_TN = grouped_fp4(torch.ones(1, 32).bfloat16(), weights, groups_of([(0, 1)]))
+    assert out_TN.isnan().tolist() == [[True, False]]
+
+
 def test_formats_that_no_instruction_multiplies_are_refused_by_name() -> None:
     from sglang_moelb.kernels.grouped_fp4 import grouped_fp4
 
