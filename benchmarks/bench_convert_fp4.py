@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels.block_format import BlockFormat, empty_block_scaled
 from sglang_moelb.kernels.convert_fp4 import convert_fp4
+from sglang_moelb.kernels.scale_layout import ScaleLayout
 
 NUM_EXPERTS, HIDDEN, INNER = 32, 2048, 768
 FORMATS = (BlockFormat.MXFP4, BlockFormat.MXFP4_CEIL, BlockFormat.NVFP4)
@@ -40,6 +41,22 @@ def make_cases(device: str) -> Iterator[BenchCase]:
         call=lambda: [to.copy_(of) for to, of in zip(room, weights, strict=True)],
         num_bytes=4 * num_elements,
     )
+    for layout in (ScaleLayout.SWIZZLED_128X4, ScaleLayout.MN_MAJOR):
+        out = tuple(
+            empty_block_scaled(tuple(w.shape), BlockFormat.MXFP4_CEIL, device, layout)
+            for w in weights
+        )
+        yield BenchCase(
+            op="convert_fp4",
+            label=f"mxfp4_ceil E={num_experts} {layout.value}",
+            call=partial(
+                convert_fp4,
+                weights,
+                torch.ones(num_experts, dtype=torch.int32, device=device),
+                out,
+            ),
+            num_bytes=2 * num_elements + num_elements // 2 + num_elements // 32,
+        )
     for block_format in FORMATS:
         out = tuple(empty_block_scaled(tuple(w.shape), block_format, device) for w in weights)
         all_E = torch.ones(num_experts, dtype=torch.int32, device=device)

@@ -31,6 +31,11 @@ from sglang_moelb.kernels.grouped_fp4 import grouped_fp4  # noqa: E402
 from sglang_moelb.kernels.grouped_fp4.ref import ROW_FORMATS  # noqa: E402
 from sglang_moelb.kernels.low_precision import can_dot_scaled, multiplies_fp4  # noqa: E402
 from sglang_moelb.kernels.quantise_rows_fp4 import quantise_rows_fp4  # noqa: E402
+from sglang_moelb.kernels.scale_layout import (  # noqa: E402
+    ScaleLayout,
+    stored_bytes,
+    to_layout,
+)
 from sglang_moelb.kernels.testing import assert_close  # noqa: E402
 
 OPS = ("convert_fp4", "quantise_rows_fp4", "grouped_fp4")
@@ -105,6 +110,26 @@ def check_convert(shapes: tuple[tuple[int, int, int], ...]) -> None:
             for slot, (ref, _) in zip(slots, expected, strict=True):
                 name = f"convert_fp4 {block_format.value} {shapes}, step {step}"
                 _compare_experts(name, slot, ref, first=shapes[0][0] - step)
+
+
+def check_layouts(shapes: tuple[tuple[int, int, int], ...]) -> None:
+    """Scales in the layouts of other libraries, padding included."""
+    tensors = tuple(random_values(shape, seed) for seed, shape in enumerate(shapes))
+    wanted_E = torch.ones(shapes[0][0], dtype=torch.int32, device="cuda")
+    for block_format in FP4:
+        for layout in ScaleLayout:
+            expected = [quantised(tensor, block_format) for tensor in tensors]
+            slots = []
+            for tensor, (_, globals_) in zip(tensors, expected, strict=True):
+                slot = formats.empty_block_scaled(tuple(tensor.shape), block_format, "cuda", layout)
+                if globals_ is not None and slot.globals is not None:
+                    slot.globals.copy_(globals_)
+                slots.append(slot)
+            convert_fp4(tuple(tensor.cuda() for tensor in tensors), wanted_E, tuple(slots))
+            for slot, (ref, _) in zip(slots, expected, strict=True):
+                name = f"convert_fp4 {block_format.value} in {layout.value}"
+                stored = stored_bytes(to_layout(ref.scales, layout), layout)
+                assert_close(name, stored, stored_bytes(slot.scales, layout))
 
 
 def _compare_experts(name: str, slot: BlockScaled, ref: BlockScaled, first: int) -> None:
@@ -287,6 +312,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("check_fp4.py needs a CUDA device, and torch sees none")
     check_convert(((3, 20, 96), (3, 7, 32)))
+    check_layouts(((3, 130, 96), (3, 7, 32)))
     if not args.small:
         check_convert(((4, 1536, 2048), (4, 2048, 768)))
         for block_format in FP4:

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from sglang_moelb.kernels import block_format as formats
 from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled
+from sglang_moelb.kernels.scale_layout import (
+    ScaleLayout,
+    stored_bytes,
+    to_layout,
+    to_row_major,
+)
 from tests.kernels import fp4_oracle as oracle
 
 FP4 = (BlockFormat.MXFP4, BlockFormat.MXFP4_CEIL, BlockFormat.NVFP4)
@@ -88,6 +94,27 @@ def test_only_the_wanted_experts_of_both_tensors_are_written(
 @pytest.mark.parametrize("shape", [(1, 1, 32), (2, 130, 64), (2, 5, 2048), (0, 4, 32), (2, 0, 32)])
 def test_any_shape_of_whole_blocks(convert_fp4: Callable, shape: tuple[int, int, int]) -> None:
     check(convert_fp4, (random_weights(shape, sum(shape)),), [1] * shape[0])
+
+
+@pytest.mark.parametrize("layout", list(ScaleLayout))
+def test_scales_are_written_in_the_layout_of_the_slot(
+    convert_fp4: Callable, layout: ScaleLayout
+) -> None:
+    weights = (random_weights((3, 130, 160), 7), random_weights((3, 6, 32), 8))
+    wanted_E = torch.tensor([1, 0, 1], dtype=torch.int32)
+    for block_format in FP4:
+        slots = tuple(
+            formats.empty_block_scaled(tuple(w.shape), block_format, "cpu", layout) for w in weights
+        )
+        convert_fp4(weights, wanted_E, slots)
+        for tensor, slot in zip(weights, slots, strict=True):
+            _, scales = expected_for(tensor, slot)
+            scales[1] = 0
+            assert torch.equal(slot.scales, to_layout(scales, layout))
+            stored = stored_bytes(slot.scales, layout)
+            assert stored.sum() == scales.sum()  # the padding is 0
+            num_rows, num_columns = scales.shape[1:]
+            assert torch.equal(to_row_major(slot.scales, layout, num_rows, num_columns), scales)
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 1000])
@@ -168,6 +195,11 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
         convert_fp4((weights,) * 2, wanted_E, (slot, slot_for(weights, BlockFormat.NVFP4)))
     with pytest.raises(ValueError, match="got mxfp8"):
         convert_fp4((weights,), wanted_E, (slot_for(weights, BlockFormat.MXFP8),))
+    swizzled = formats.empty_block_scaled(
+        (2, 4, 64), BlockFormat.MXFP4, "cpu", ScaleLayout.SWIZZLED_128X4
+    )
+    with pytest.raises(ValueError, match="one layout"):
+        convert_fp4((weights,) * 2, wanted_E, (slot, swizzled))
     with pytest.raises(ValueError, match="empty_block_scaled"):
         convert_fp4((weights,), wanted_E[:1], (slot,))
     with pytest.raises(ValueError, match=r"contiguous bfloat16"):

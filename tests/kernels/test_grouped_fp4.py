@@ -22,6 +22,7 @@ from sglang_moelb.kernels.convert_fp4 import convert_fp4
 from sglang_moelb.kernels.grouped_fp4.ref import ROW_FORMATS
 from sglang_moelb.kernels.low_precision import multiplies_fp4
 from sglang_moelb.kernels.quantise_rows_fp4 import quantise_rows_fp4
+from sglang_moelb.kernels.scale_layout import ScaleLayout
 from tests.kernels.conftest import INTERPRETED
 
 PAIRS = [
@@ -163,6 +164,11 @@ def test_formats_that_no_instruction_multiplies_are_refused_by_name() -> None:
     groups_T = groups_of([(0, 2)])
     with pytest.raises(ValueError, match="mxfp8 rows on nvfp4 weights"):
         grouped_fp4(quantised_rows(x_TK, BlockFormat.MXFP8), weights, groups_T)
+    swizzled = formats.empty_block_scaled(
+        (5, 4, 32), BlockFormat.NVFP4, "cpu", ScaleLayout.SWIZZLED_128X4
+    )
+    with pytest.raises(ValueError, match="row-major scales, got swizzle_128x4"):
+        grouped_fp4(x_TK, swizzled, groups_T)
     with pytest.raises(ValueError, match="32 features"):
         grouped_fp4(x_TK, weights, groups_T[:1])
     with pytest.raises(ValueError, match="float32"):

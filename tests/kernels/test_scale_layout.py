@@ -56,3 +56,15 @@ def test_a_packed_word_holds_four_scales_of_a_row_and_columns_are_contiguous(
                 word = packed[expert, row, column // 4].item()
                 assert (word >> (8 * (column % 4))) & 255 == scales[expert, row, column]
     assert torch.equal(layout.unpack_mn_major(packed, num_columns), scales)
+
+
+@pytest.mark.parametrize("layout_of", list(layout.ScaleLayout))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_layout_comes_back_and_has_the_stated_shape(
+    layout_of: layout.ScaleLayout, shape: tuple[int, int, int]
+) -> None:
+    scales = random_scales(shape)
+    stored = layout.to_layout(scales, layout_of)
+    assert tuple(stored.shape) == layout.stored_shape(shape, layout_of)
+    assert torch.equal(layout.to_row_major(stored, layout_of, *shape[1:]), scales)
+    assert layout.stored_bytes(stored, layout_of).sum() == scales.sum()

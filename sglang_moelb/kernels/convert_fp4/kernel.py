@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import block_format
 from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled
+from sglang_moelb.kernels.scale_layout import ScaleLayout, stored_bytes
 
 TILE_WORDS = 4096
 
@@ -34,6 +35,8 @@ NOT_FINITE = tl.constexpr(0x7F80)  # bfloat16 bits of inf; those of NaN are larg
 NVFP4 = tl.constexpr(BlockFormat.NVFP4.value)
 MXFP4_CEIL = tl.constexpr(BlockFormat.MXFP4_CEIL.value)
 MXFP8 = tl.constexpr(BlockFormat.MXFP8.value)
+SWIZZLED_128X4 = tl.constexpr(ScaleLayout.SWIZZLED_128X4.value)
+MN_MAJOR = tl.constexpr(ScaleLayout.MN_MAJOR.value)
 # A float32 sum with one of these rounds to multiples of 1/2 and of 2**-9: the steps of the smallest
 # e2m1 and e4m3 values. The low bits of the sum are then the code.
 ROUND_TO_HALVES = tl.constexpr(float(1 << 22))
@@ -114,6 +117,21 @@ def word_codes(words, factor, amax_bits, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _scale_offset(block, num_columns, num_rows, LAYOUT: tl.constexpr):
+    """Where in an expert's bytes the scale of a block lies, as `scale_layout` defines it."""
+    row = block // num_columns
+    column = block % num_columns
+    if LAYOUT == SWIZZLED_128X4:
+        tile = (row // 128) * tl.cdiv(num_columns, 4) + column // 4
+        offset = tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + column % 4
+    elif LAYOUT == MN_MAJOR:
+        offset = ((column // 4) * (tl.cdiv(num_rows, 4) * 4) + row) * 4 + column % 4
+    else:
+        offset = block
+    return offset
+
+
+@triton.jit
 def _convert_tile(
     words_ptr,
     codes_ptr,
@@ -122,7 +140,10 @@ def _convert_tile(
     expert,
     tile,
     num_blocks,
+    num_columns,
+    scales_stride,
     FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
@@ -139,7 +160,9 @@ def _convert_tile(
     codes = word_codes(words, factor[:, None], amax_bits[:, None], FORMAT)
     codes_at = codes_ptr + start * BLOCK_WORDS + word
     tl.store(codes_at, codes.to(tl.uint8), mask=inside[:, None])
-    tl.store(scales_ptr + start + block, byte.to(tl.uint8), mask=inside)
+    offset = _scale_offset(block, num_columns, num_blocks // num_columns, LAYOUT)
+    scales_at = scales_ptr + tl.cast(expert, tl.int64) * scales_stride + offset
+    tl.store(scales_at, byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -155,8 +178,13 @@ def _convert(
     wanted_ptr,
     num_experts,
     num_blocks_a,
+    num_columns_a,
+    scales_stride_a,
     num_blocks_b,
+    num_columns_b,
+    scales_stride_b,
     FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
@@ -175,7 +203,10 @@ def _convert(
                     expert,
                     tile,
                     num_blocks_a,
+                    num_columns_a,
+                    scales_stride_a,
                     FORMAT,
+                    LAYOUT,
                     BLOCK_WORDS,
                     TILE_BLOCKS,
                 )
@@ -188,7 +219,10 @@ def _convert(
                     expert,
                     tile - tiles_a,
                     num_blocks_b,
+                    num_columns_b,
+                    scales_stride_b,
                     FORMAT,
+                    LAYOUT,
                     BLOCK_WORDS,
                     TILE_BLOCKS,
                 )
@@ -204,23 +238,28 @@ def convert_fp4(
     """See `sglang_moelb.kernels.convert_fp4`. Runs on the device of its tensors, one launch."""
     block_words = out[0].format.block_size // 2
     tile_blocks = TILE_WORDS // block_words
+    if not weights[0].numel() and not weights[-1].numel():
+        return
     parts: list[Tensor] = []
-    num_blocks = []
+    sizes: list[int] = []
+    tiles = 0
     for tensor, slot in zip(weights, out, strict=True):
+        stored = stored_bytes(slot.scales, slot.layout)
         globals_ = wanted_E if slot.globals is None else slot.globals
-        parts += [tensor.view(torch.int32), slot.codes, slot.scales, globals_]
-        num_blocks.append(tensor[0].numel() // slot.format.block_size if len(tensor) else 0)
+        parts += [tensor.view(torch.int32), slot.codes, stored, globals_]
+        num_columns = tensor.shape[2] // slot.format.block_size
+        sizes += [tensor.shape[1] * num_columns, num_columns, stored.stride(0)]
+        tiles += len(tensor) * triton.cdiv(tensor.shape[1] * num_columns, tile_blocks)
     if len(weights) == 1:
-        parts, num_blocks = parts * 2, [*num_blocks, 0]
-    tiles = len(weights[0]) * sum(triton.cdiv(blocks, tile_blocks) for blocks in num_blocks)
-    if tiles:
-        _convert[(min(tiles, num_programs or tiles),)](
-            *parts,
-            wanted_E,
-            len(weights[0]),
-            *num_blocks,
-            FORMAT=out[0].format.value,
-            BLOCK_WORDS=block_words,
-            TILE_BLOCKS=tile_blocks,
-            num_warps=8,
-        )
+        parts, sizes = parts * 2, [*sizes, 0, 1, 0]
+    _convert[(min(tiles, num_programs or tiles),)](
+        *parts,
+        wanted_E,
+        len(weights[0]),
+        *sizes,
+        FORMAT=out[0].format.value,
+        LAYOUT=out[0].layout.value,
+        BLOCK_WORDS=block_words,
+        TILE_BLOCKS=tile_blocks,
+        num_warps=8,
+    )
