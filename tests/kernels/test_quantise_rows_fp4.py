@@ -61,6 +61,19 @@ def test_rows_equal_the_definition(
     assert_equal(quantise_rows_fp4(x_TK, block_format=block_format), x_TK, block_format)
 
 
+def test_every_bfloat16_beside_the_largest_e4m3_gets_the_nearest(
+    quantise_rows_fp4: Callable,
+) -> None:
+    values = torch.arange(1 << 16).int().short().view(torch.bfloat16)
+    values = values[values.float().abs() <= 448]
+    padded = torch.nn.functional.pad(values, (0, -len(values) % 31)).view(-1, 31)
+    x_TK = torch.full((len(padded), 32), 448.0, dtype=torch.bfloat16)
+    x_TK[:, :31] = padded
+    got = quantise_rows_fp4(x_TK, block_format=BlockFormat.MXFP8)
+    assert (got.scales == 127).all()  # 2**0
+    assert torch.equal(got.codes[:, :31], formats.e4m3_bits(padded.float()))
+
+
 @pytest.mark.parametrize("offset", [0, 8, 9])
 def test_strided_rows_are_read_where_they_are(quantise_rows_fp4: Callable, offset: int) -> None:
     x_TK = random_rows(20, 200, seed=1)[:, offset : offset + 64]
