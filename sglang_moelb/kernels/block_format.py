@@ -161,7 +161,9 @@ def global_scales(x: Tensor, *, per_tensor: bool = False) -> Tensor:
     amax = amax.where(amax.isfinite(), 0).flatten(1).amax(1) if x.numel() else x.new_zeros(len(x))
     if per_tensor and len(amax):
         amax = amax.amax().expand_as(amax)
-    return (amax.float() / (E4M3_MAX * E2M1_MAX)).where(amax > 0, 1.0).contiguous()
+    amax = amax.float()
+    largest = amax.new_full((), E4M3_MAX * E2M1_MAX)  # torch divides by a number less exactly
+    return (amax / largest).where(amax > 0, 1.0).contiguous()
 
 
 def block_scales(amax: Tensor, globals_: Tensor | None, block_format: BlockFormat) -> Tensor:
