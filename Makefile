@@ -28,6 +28,7 @@ install: lean
 	cmp -s requirements/test.txt .venv/moelb-test.txt || { \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/test.txt && \
 	  cp requirements/test.txt .venv/moelb-test.txt; }
+	bash scripts/install_promtool.sh .venv/bin || true  # the tests that need it tell
 
 clean:
 	rm -rf .venv build dist models demo-out ab-out *.egg-info .pytest_cache .ruff_cache \

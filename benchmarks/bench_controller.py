@@ -1,11 +1,11 @@
-"""CPU time that the controller thread takes from the serving thread, for one prefill pass.
+"""CPU time of the controller process for one prefill pass.
 
     python -m benchmarks.bench_controller [--repeats N] [--mode auto] [--level device]
 
 Goals on the host clock of one core: `Controller.step` under 0.25 ms at 12 layers, 128 experts,
-4 ranks and under 0.4 ms at 48 layers, 8 ranks; at 12 layers `records.build` under 0.2 ms and
+4 ranks and under 0.4 ms at 48 layers, 8 ranks; at 12 layers `build_record` under 0.2 ms and
 `Ledger.add` under 0.08 ms. The window holds 32 passes and is full before anything is measured.
-Prints median, p10 and p90 of the thread's CPU time over repeats; the load is seeded, skewed by a
+Prints median, p10 and p90 of CPU time over repeats; the load is seeded, skewed by a
 power law that drifts from pass to pass, and every pass is of another size.
 
 Shape letters: L MoE layers, R ranks, E logical experts, C counts, W counts row width.
@@ -26,9 +26,11 @@ from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import records
 from sglang_moelb.ep.balance import LayerOutcome
+from sglang_moelb.ep.build_record import build
 from sglang_moelb.ep.clock import HostMark
 from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.records import Marks, PassLog
+from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.kernels.row_layout import (
     C_CUTTABLE_AMOUNT,
@@ -47,7 +49,6 @@ TOPOLOGIES = (
 )
 MIN_TOKENS, MAX_TOKENS, ALPHA, SEED, WARM_UP = 2048, 16384, 0.8, 7, 40
 FIXED_MS, MS_PER_ROW, NOISE = 0.2, 2e-5, 0.02
-HOST = torch.device("cpu")
 Made = TypeVar("Made")
 
 
@@ -121,6 +122,8 @@ def measure(
 ) -> tuple[dict[str, list[float]], int]:
     """CPU milliseconds of each repeat by what was measured, and passes in which a lever acted."""
     world, controller, ledger = World(topology), Controller(config, topology), Ledger(topology)
+    shared = SharedCounts.create(topology)
+    slot, arrays = records.slots_of(shared)[0], (shared.counts_SRLW[0], shared.stats_SR8[0])
     times: dict[str, list[float]] = defaultdict(list)
     num_acted = 0
 
@@ -133,14 +136,15 @@ def measure(
     for step in range(WARM_UP + num_repeats):
         log = world.log(step, controller.policy)
         num_acted += step >= WARM_UP and log.lever != 0
-        counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+        counts_RLW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1)
         stats_R8 = torch.stack([log.outcomes_L[0].stats_8] * topology.num_ranks)
-        copy = records.close(log, counts_LRW, stats_R8, HOST)
-        copy.ended.s = 2.0 * sum(
+        closed = records.close(log, counts_RLW, stats_R8, slot)
+        closed.ended.s = 2.0 * sum(
             marks["dispatch"].ms_until(marks["combined"]) / 1e3 for marks in log.marks_L
         )
-        record = timed("records.build", lambda copy=copy: records.build(copy, topology, 0, 1.0))
-        seen = Observation(record=record, now_s=0.1 * step)
+        told = records.raw_of(closed, 0.1 * step)
+        record = timed("build_record", lambda told=told: build(told, *arrays, topology, 0, 1.0))
+        seen = Observation(record=record, now_s=told.now_s)
         effects = timed("Controller.step", lambda seen=seen: controller.step(seen))
         timed("Ledger.add", lambda record=record, made=effects: ledger.add(record, made))
     return {name: seen[WARM_UP:] for name, seen in times.items()}, num_acted

@@ -13,6 +13,7 @@ AB_NEEDS = ("aiohttp", "jinja2", "matplotlib", "PIL", "skimage", "sklearn")
 def build() -> typer.Typer:
     """The command line with all sub-commands; `ab` only says what to install if it cannot run."""
     from sglang_moelb.doctor.cli import doctor
+    from sglang_moelb.live.cli import top
     from sglang_moelb.patching.cli import app as patch
     from sglang_moelb.replay.cli import replay, synthesise
 
@@ -24,6 +25,7 @@ def build() -> typer.Typer:
     )
     app.add_typer(patch, name="patch")
     app.command("doctor")(doctor)
+    app.command("top")(top)
     app.command("replay")(replay)
     app.command("synthesise")(synthesise)
     if all(find_spec(name) for name in AB_NEEDS):

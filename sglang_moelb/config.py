@@ -62,7 +62,7 @@ class CapacityConfig(_Section, frozen=True):
 
 
 class ControllerConfig(_Section, frozen=True):
-    """How the controller thread decides in mode `auto`."""
+    """How the controller decides in mode `auto`."""
 
     window_passes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
     min_gain: Share = 0.02  # share of step time below which `none` wins
@@ -165,16 +165,21 @@ def from_environment() -> Config | None:
     return parse(load(text)) if text else None
 
 
-def to_environment(config: Config, trace: str | None = None) -> None:
-    """Hand `config`, and the folder of a trace, to the processes that this one will spawn."""
+def to_environment(config: Config, trace: str | None = None, tokens: int = 0) -> None:
+    """Hand `config`, and what to trace and where, to the processes that this one will spawn."""
     os.environ[CONFIG_VARIABLE] = config.to_json()
     if trace is not None:
-        os.environ[TRACE_VARIABLE] = trace
+        os.environ[TRACE_VARIABLE] = f"{tokens}:{trace}"
 
 
 def trace_folder() -> str:
     """Where to write a trace, or "" for none."""
-    return os.environ.get(TRACE_VARIABLE, "")
+    return os.environ.get(TRACE_VARIABLE, "").partition(":")[2]
+
+
+def trace_tokens() -> int:
+    """One prefill pass of how many is traced token by token; 0 for none."""
+    return int(os.environ.get(TRACE_VARIABLE, "").partition(":")[0] or 0)
 
 
 def standin_requested() -> bool:

@@ -1,7 +1,7 @@
 """The nouns of sglang_moelb, in the order in which one forward pass makes them.
 
 A pass: the ranks agree on a `Policy`; every MoE layer counts, exchanges, plans and applies; the
-pass leaves one `StepRecord`, from which the controller thread makes the next `Policy`.
+pass leaves one `StepRecord`, from which the controller makes the next `Policy`.
 
 Glossary. A *logical* expert is one of the model's E experts; *local* experts are the E/R of one
 rank. A *row* is one assignment of a token to an expert. *Balancedness* is max/mean over ranks, 1.0

@@ -30,14 +30,16 @@ ARROWS = MappingProxyType(
         "controller": {"config", "types", "words"},
         "kernels": {"types"},
         "trace": {"config", "types"},
-        "ep": {"config", "controller", "kernels", "trace", "types"},
+        "metrics": {"types"},
+        "ep": {"config", "controller", "kernels", "live", "metrics", "trace", "types"},
         "plugin": {"config", "ep"},
         "patching": set(),
         "demo": {"ab", "ep"},
         "ab": {"demo", "ep"},
         "doctor": {"config", "ep", "patching", "types"},
+        "live": set(),
         "replay": {"ab", "config", "controller", "trace", "types"},
-        "cli": {"ab", "demo", "doctor", "patching", "replay"},
+        "cli": {"ab", "demo", "doctor", "live", "patching", "replay"},
     }
 )
 SERVING = ("types", "config", "controller", "kernels", "ep", "plugin")

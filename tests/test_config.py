@@ -13,6 +13,7 @@ from sglang_moelb.config import (
     CHOICES,
     CONFIG_VARIABLE,
     STANDIN_VARIABLE,
+    TRACE_VARIABLE,
     Config,
     ConfigError,
     flat,
@@ -26,6 +27,8 @@ from sglang_moelb.config import (
     standin_requested,
     to_environment,
     to_numbers,
+    trace_folder,
+    trace_tokens,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
 from sglang_moelb.types import (
@@ -283,6 +286,17 @@ def test_the_environment_carries_the_tree_and_its_absence_means_not_asked_for(
     config = merge(Config(), {"mode": "drop", "capacity": {"factor": 1.5}})
     to_environment(config)
     assert from_environment() == config
+
+
+@pytest.mark.parametrize("folder", ["some/folder", "/with:colon/and space", ""])
+def test_the_environment_carries_what_to_trace(
+    monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, "")
+    monkeypatch.setenv(TRACE_VARIABLE, "")
+    assert (trace_folder(), trace_tokens()) == ("", 0)
+    to_environment(Config(), folder or None, 16 if folder else 0)
+    assert (trace_folder(), trace_tokens()) == (folder, 16 if folder else 0)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), ("", False)])

@@ -3,7 +3,7 @@
 Rank 0 appends one JSON row a pass to the file named by MOELB_BENCH_TIMES: when it began on the host
 clock, how long `ModelRunner.forward` kept the host, and how long the device took from its first to
 its last kernel. With MOELB_BENCH_PARTS set, each row of a balanced server also says how much of the
-host time went to our own functions, and how much the controller thread worked meanwhile.
+host time went to our own functions (a function's time holds that of those it calls).
 """
 
 from __future__ import annotations
@@ -75,24 +75,23 @@ def _flush() -> None:
 
 
 def _time_parts() -> None:
-    from sglang_moelb.controller.controller import Controller
     from sglang_moelb.ep import records
+    from sglang_moelb.ep.controller_link import ControllerLink
+    from sglang_moelb.ep.exchange import Agreement
     from sglang_moelb.ep.open_pass import PassOpener
     from sglang_moelb.ep.runtime import Runtime
-    from sglang_moelb.ep.status import Ledger
 
     serving: list[tuple[Any, tuple[str, ...]]] = [
         (PassOpener, ("begin", "opened")),
         (Runtime, ("note_requests", "before_dispatch", "before_experts", "after_experts",
                    "after_combine", "end_pass", "_gathered")),
         (records, ("close",)),
+        (Agreement, ("start", "finish")),
+        (ControllerLink, ("policy", "pass_begun", "submit")),
     ]  # fmt: skip
     for owner, names in serving:
         for name in names:
             setattr(owner, name, _counted(getattr(owner, name), name, time.perf_counter))
-    for owner, name in ((Controller, "step"), (records, "build"), (Ledger, "add")):
-        label = f"thread cpu {name}"
-        setattr(owner, name, _counted(getattr(owner, name), label, time.thread_time))
 
 
 def _counted(function: Callable[..., Any], name: str, clock: Callable[[], float]) -> Any:

@@ -68,7 +68,7 @@ class Controller:
         The epoch grows only when something in the policy other than its reason changes. A pass
         without news (decode, idle, too small for a lever) changes nothing and costs next to
         nothing. Where passes follow each other faster than `controller.interval_ms`, not every one
-        brings a forecast: what is computed here is taken from the serving thread.
+        brings a forecast.
         """
         record = observation.record
         if record.phase == "prefill":

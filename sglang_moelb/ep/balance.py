@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_moelb.controller.plan import capacity_rows
+from sglang_moelb.ep.agreed import Agreed
+from sglang_moelb.ep.capacity import group_capacity, num_groups_of
 from sglang_moelb.ep.cut import Asked, cut_to
-from sglang_moelb.ep.exchange import Agreed, Exchange, SymmetricExchange
+from sglang_moelb.ep.exchange import Exchange, SymmetricExchange
 from sglang_moelb.ep.macs import MacsState, reroute
 from sglang_moelb.kernels.count_experts import KeyRule, count_experts
 from sglang_moelb.kernels.row_layout import (
-    AMOUNT_ONE,
     FLAG_PROTECTED,
     NUM_COUNTS,
     NUM_HEADER,
 )
 from sglang_moelb.kernels.token_amounts import token_amounts
 from sglang_moelb.kernels.widen_candidates import widen_candidates
-from sglang_moelb.types import Expansion, Level, Lever, Policy, Rule, Scope, Topology
+from sglang_moelb.types import Expansion, Lever, Policy, Rule, Scope, Topology
 
 MAX_COLUMNS = 32  # what DeepEP's dispatch takes as top-k
 
@@ -143,28 +143,6 @@ class LayerBalancer:
             return self.macs.capacities(layer, seen_RW, capacity, policy.macs_rho, policy.level)
         num_groups = num_groups_of(self._topology, policy.level)
         return torch.full((num_groups,), capacity, dtype=torch.int64, device=seen_RW.device)
-
-
-def num_groups_of(topology: Topology, level: Level) -> int:
-    """How many capacities a layer has: one an expert, or one a rank."""
-    return topology.num_experts if level is Level.EXPERT else topology.num_ranks
-
-
-def group_capacity(topology: Topology, agreed: Agreed, rank: int) -> int:
-    """Capacity of every group in amounts, from host integers only; equal on ranks in one scope.
-
-    Capacity-Aware Inference, Algorithm 1: floor(factor * tokens * k / groups), at least 1 row.
-    """
-    policy = agreed.policy
-    num_tokens = (
-        agreed.sizes_R[rank].num_tokens if policy.scope is Scope.SOURCE else agreed.num_tokens
-    )
-    rows = capacity_rows(
-        policy.capacity_factor,
-        num_tokens * topology.topk,
-        num_groups_of(topology, policy.level),
-    )
-    return rows * AMOUNT_ONE if policy.rule is Rule.MACS else rows
 
 
 def _scores(routed: LayerInput, num_experts: int) -> torch.Tensor:

@@ -15,6 +15,14 @@ class Mark(Protocol):
         """Milliseconds from this mark to `later`; both must have been reached."""
         ...
 
+    def is_reached(self) -> bool:
+        """Whether it has been reached; does not wait."""
+        ...
+
+    def give_back(self) -> None:
+        """Let go of what the mark holds; it is not used any more."""
+        ...
+
 
 class HostMark:
     """A point on the host clock."""
@@ -26,21 +34,37 @@ class HostMark:
         """Milliseconds between two host marks."""
         return (later.s - self.s) * 1e3
 
+    def is_reached(self) -> bool:
+        """Always: it was made when it was reached."""
+        return True
+
+    def give_back(self) -> None:
+        """Nothing to give."""
+
+
+_spare_events: list[torch.cuda.Event] = []  # to make one costs as much as to record it
+
 
 class DeviceMark:
     """A point on the current CUDA stream; readable once the stream has passed it."""
 
     def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
+        self.event = (
+            _spare_events.pop() if _spare_events else torch.cuda.Event(enable_timing=True)
+        )
         self.event.record()
 
     def ms_until(self, later: DeviceMark) -> float:
         """Milliseconds between two device marks; the host must have waited for the later one."""
         return float(self.event.elapsed_time(later.event))
 
-    def wait(self) -> None:
-        """Block this thread, with the interpreter lock released, until the mark is reached."""
-        self.event.synchronize()
+    def is_reached(self) -> bool:
+        """Whether the stream has passed the mark; does not wait."""
+        return bool(self.event.query())
+
+    def give_back(self) -> None:
+        """Let another mark have the event; this one is not used any more."""
+        _spare_events.append(self.event)
 
 
 def mark_on(device: torch.device) -> HostMark | DeviceMark:

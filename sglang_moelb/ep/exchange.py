@@ -10,46 +10,17 @@ Shape letters: R ranks, W row width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
 from sglang_moelb.controller.encode import NUM_WORDS, decode, encode
+from sglang_moelb.ep.agreed import PHASES, Agreed, Sizes
+from sglang_moelb.ep.host_gather import host_gather
 from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
 LEADER = 0
-PHASES = ("idle", "decode", "prefill")
 NUM_SIZES = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """What one rank brings to a pass: real tokens (no padding), those of prefill, and the phase."""
-
-    num_tokens: int
-    num_prefill_tokens: int
-    num_protected_tokens: int
-    phase: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreed:
-    """What all ranks hold after the agreement of a pass, in rank order."""
-
-    policy: Policy
-    sizes_R: tuple[Sizes, ...]
-
-    @property
-    def phase(self) -> str:
-        """Prefill if any rank prefills, else decode if any decodes, else idle."""
-        return max((s.phase for s in self.sizes_R), key=PHASES.index)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens over all ranks."""
-        return sum(s.num_tokens for s in self.sizes_R)
 
 
 class Agreement:
@@ -58,42 +29,34 @@ class Agreement:
     `start` and `finish` take turns; between them the ranks' messages travel while the host works.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, *, one_host: bool = False) -> None:
+        """`group` is of gloo; `one_host` says that its ranks share one."""
         self._rank = dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
-        self._rows = torch.empty(self._num_ranks, NUM_WORDS + NUM_SIZES, dtype=torch.int64)
-        self._work: dist.Work | None = None
+        self._gather = host_gather(group, NUM_WORDS + NUM_SIZES, one_host=one_host)
         self._reason = ""
-        self._last_words: tuple[int, ...] = ()
+        self._encoded: tuple[Policy | None, tuple[int, ...]] = (None, (0,) * NUM_WORDS)
+        self._last_words: list[int] = []
         self._last_policy = Policy(epoch=0)
 
     def start(self, policy: Policy, sizes: Sizes) -> None:
         """Send `sizes` and, on the leader, `policy`; does not wait."""
-        assert self._work is None, "start without finish"
         self._reason = policy.reason
-        words = encode(policy) if self._rank == LEADER else (0,) * NUM_WORDS
-        mine = torch.tensor(
-            [
-                *words,
+        if self._rank == LEADER and policy is not self._encoded[0]:
+            self._encoded = policy, encode(policy)
+        self._gather.start(
+            (
+                *self._encoded[1],
                 sizes.num_tokens,
                 sizes.num_prefill_tokens,
                 sizes.num_protected_tokens,
                 PHASES.index(sizes.phase),
-            ],
-            dtype=torch.int64,
-        )
-        self._work = dist.all_gather_into_tensor(
-            self._rows.view(-1), mine, group=self._group, async_op=True
+            )
         )
 
     def finish(self) -> Agreed:
         """Wait for all ranks and adopt the leader's policy."""
-        assert self._work is not None, "finish without start"
-        self._work.wait()
-        self._work = None
-        rows = self._rows.tolist()
-        agreed_words = tuple(rows[LEADER][:NUM_WORDS])
+        rows = self._gather.finish()
+        agreed_words = rows[LEADER][:NUM_WORDS]
         # The leader decodes its own words too: it must not act on digits that did not travel.
         reason = self._reason if self._rank == LEADER else "agreed with the leader"
         if (agreed_words, reason) != (self._last_words, self._last_policy.reason):
@@ -113,9 +76,17 @@ class Exchange:
         self._group = group
         self._num_ranks = dist.get_world_size(group)
 
+    def place(self, width: int) -> torch.Tensor | None:
+        """Memory that the next gather would take a row of `width` from without a copy, or None."""
+        return None
+
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32, on the device of `row_W`."""
         return gather_rows(row_W, self._num_ranks, self._group)
+
+    def offer(self, row_W: torch.Tensor) -> None:
+        """Take part in a gather whose rows this rank does not want."""
+        self.gather(row_W)
 
 
 class SymmetricExchange:
@@ -138,20 +109,42 @@ class SymmetricExchange:
         self._handle = symmetric.rendezvous(self._buffer, group.group_name)
         self._num_ranks = dist.get_world_size(group)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._places: dict[tuple[int, int], torch.Tensor] = {}
         self._turn = 0
+
+    def place(self, width: int) -> torch.Tensor:
+        """Memory that the next gather takes a row of `width` from without a copy.
+
+        AssertionError for a row wider than the buffer.
+        """
+        assert width <= self._max_width, (width, self._max_width)
+        return self._own(self._start(), width)
 
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         """All rows in rank order, `[R, W]` int32; every rank must bring the same W.
 
         AssertionError for a row wider than the buffer.
         """
-        width = row_W.numel()
-        assert width <= self._max_width, (width, self._max_width)
-        start = (self._turn % self.NUM_SLOTS) * self._max_width
-        self._turn += 1
-        self._buffer[start : start + width].copy_(row_W)
-        self._handle.barrier(channel=0)
+        start, width = self._start(), row_W.numel()
+        self.offer(row_W)
         return torch.cat(self._peers(start, width)).view(self._num_ranks, width)
+
+    def offer(self, row_W: torch.Tensor) -> None:
+        """Take part in a gather whose rows this rank does not want; for the rest as `gather`."""
+        place_W = self.place(row_W.numel())
+        if place_W.data_ptr() != row_W.data_ptr():
+            place_W.copy_(row_W)
+        self._turn += 1
+        self._handle.barrier(channel=0)
+
+    def _start(self) -> int:
+        return (self._turn % self.NUM_SLOTS) * self._max_width
+
+    def _own(self, start: int, width: int) -> torch.Tensor:
+        key = (start, width)
+        if key not in self._places:
+            self._places[key] = self._buffer[start : start + width]
+        return self._places[key]
 
     def _peers(self, start: int, width: int) -> list[torch.Tensor]:
         key = (start, width)

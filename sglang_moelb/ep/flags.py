@@ -73,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one on, in /moelb/status and in a log line a minute; works in every mode, best begun "
         "with --moelb-mode observe (knob verdict.enabled, default off).",
     )
+    group.add_argument(
+        "--moelb-trace-tokens",
+        metavar="N",
+        type=int,
+        default=None,
+        help="with --moelb-trace: every rank also writes the routing of each token of one prefill "
+        "pass of N to that folder, about 2 bytes a token, layer and chosen expert (default: 0, "
+        "none).",
+    )
     defaults = configuration.flat(Config())
     for name, (knob, kind, meaning) in SHORTCUTS.items():
         flag = "--" + name.replace("_", "-")
@@ -114,6 +123,7 @@ def take_arguments(args: argparse.Namespace) -> None:
     """
     try:
         config = config_of(args)
+        tokens = 0 if config is None else _trace_tokens(args)
     except ConfigError as error:
         sys.exit(f"sglang_moelb: {error}")
     if config is None:
@@ -122,8 +132,19 @@ def take_arguments(args: argparse.Namespace) -> None:
 
     install.refuse_unsupported_flags(args)
     install.refuse_taken_port(args)
-    configuration.to_environment(config, args.moelb_trace)
+    configuration.to_environment(config, args.moelb_trace, tokens)
     install.install_in_main()
+
+
+def _trace_tokens(args: argparse.Namespace) -> int:
+    tokens: int = args.moelb_trace_tokens or 0
+    if tokens < 0:
+        raise ConfigError(f"--moelb-trace-tokens {tokens}: use 0 (none) or a number of passes")
+    if tokens and not args.moelb_trace:
+        raise ConfigError(
+            f"--moelb-trace-tokens {tokens}: needs a folder to write to; add --moelb-trace DIR"
+        )
+    return tokens
 
 
 def serve_backend() -> Any:

@@ -1,4 +1,4 @@
-"""`GET /moelb/status` and `POST /moelb/config` on SGLang's own HTTP server."""
+"""`/moelb/status`, `/moelb/config` and the live view on SGLang's own HTTP server."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import msgspec
 
 from sglang_moelb import config as configuration
 from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
+from sglang_moelb.ep.live_routes import add_live_routes
 
 DEAD = (
-    "the controller thread is dead and the server serves in mode none; nothing was changed. "
+    "the controller process is dead and the server serves in mode none; nothing was changed. "
     "Restart the server to use a lever again"
 )
 NO_CONTROLLER = "no rank answers with a controller; see the server's log"
@@ -90,3 +91,4 @@ def add_routes(app: Any, tokenizer_manager: Any, config: Config) -> None:
     post_config.__annotations__ = {"request": Request, "return": None}
     app.add_api_route("/moelb/status", get_status, methods=["GET"], response_model=None)
     app.add_api_route("/moelb/config", post_config, methods=["POST"], response_model=None)
+    add_live_routes(app, routes.status)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_moelb.ep.refusal import refuses
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 
 FIRST_MULTIMODAL_ID = 1_000_000
 assert FLAG_VISION == 1, "a comparison is taken as a flag as it is"
-REFUSAL = "moelb_lossy"  # custom_params={"moelb_lossy": false} refuses lossy levers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,21 @@ def token_flags(input_ids_T: torch.Tensor, requests: Requests) -> torch.Tensor:
             host_T = host_T.pin_memory()
         flags_T |= host_T.to(input_ids_T.device, non_blocking=True)
     return flags_T
+
+
+class EvenFlags:
+    """Flags of batches whose rows all have the same, without a launch; not to be written."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, torch.Tensor] = {}
+
+    def of(self, input_ids_T: torch.Tensor, flag: int) -> torch.Tensor:
+        """uint8 `[T]`, each `flag`, on the device of `input_ids_T`."""
+        num_rows = input_ids_T.shape[0]
+        held = self._held.get(flag)
+        if held is None or held.shape[0] < num_rows:
+            held = self._held[flag] = input_ids_T.new_full((num_rows,), flag, dtype=torch.uint8)
+        return held[:num_rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +116,3 @@ def requests_of(batch: object, num_tokens_of_request: list[int]) -> Requests:
         for request, num in zip(requests, num_tokens_of_request, strict=True)
     )
     return Requests(runs=runs, phase="prefill")
-
-
-def refuses(custom_params: object) -> bool:
-    """Whether a request's `custom_params` refuse lossy levers."""
-    return isinstance(custom_params, dict) and custom_params.get(REFUSAL) is False

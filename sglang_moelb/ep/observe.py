@@ -15,6 +15,7 @@ import torch
 
 from sglang_moelb.ep.exchange import Exchange, SymmetricExchange
 from sglang_moelb.kernels.count_experts import count_layers
+from sglang_moelb.kernels.row_layout import row_width
 
 
 def observe(
@@ -23,13 +24,23 @@ def observe(
     exchange: Exchange | SymmetricExchange,
     *,
     num_experts: int,
-) -> torch.Tensor:
-    """Every rank's counts of every layer, `[L, R, W]` int32, on the ids' device; no host sync.
+    wanted: bool = True,
+) -> torch.Tensor | None:
+    """Every rank's counts of every layer, `[R, L, W]` int32, on the ids' device; no host sync.
 
-    `ids_L` holds one `[T, K]` a layer; all ranks must bring as many. Runs on every rank, also on
-    one without tokens, because it ends in a collective. Source: ours.
+    None on a rank by which they are not `wanted`. `ids_L` holds one `[T, K]` a layer; all ranks
+    must bring as many. Runs on every rank, also on one without tokens, because it ends in a
+    collective. Source: ours.
     """
-    rows_LW = count_layers(torch.stack(list(ids_L)), flags_T, num_experts=num_experts)
-    num_layers, width = rows_LW.shape
-    gathered = exchange.gather(rows_LW.view(-1))
-    return gathered.view(-1, num_layers, width).transpose(0, 1)
+    num_layers, width = len(ids_L), row_width(num_experts, with_histogram=False)
+    place_W = exchange.place(num_layers * width)
+    rows_LW = count_layers(
+        torch.stack(list(ids_L)),
+        flags_T,
+        num_experts=num_experts,
+        out_LW=None if place_W is None else place_W.view(num_layers, width),
+    )
+    if not wanted:
+        exchange.offer(rows_LW.view(-1))
+        return None
+    return exchange.gather(rows_LW.view(-1)).view(-1, num_layers, width)

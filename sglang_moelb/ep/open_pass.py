@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from sglang_moelb.ep.clock import mark_on
-from sglang_moelb.ep.controller_thread import ControllerThread
-from sglang_moelb.ep.exchange import Agreed, Agreement, Sizes
-from sglang_moelb.ep.modality import Requests, token_flags
+from sglang_moelb.ep.agreed import Agreed, Sizes
+from sglang_moelb.ep.clock import HostMark, mark_on
+from sglang_moelb.ep.controller_link import ControllerLink
+from sglang_moelb.ep.exchange import Agreement
+from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED
 from sglang_moelb.types import Lever, Policy
 
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
@@ -31,6 +33,7 @@ class Opening:
 
     requests: Requests
     input_ids_T: torch.Tensor
+    has_images: bool
     flags_T: torch.Tensor | None
     begun: AnyMark
 
@@ -39,13 +42,20 @@ class PassOpener:
     """Opens the passes of one rank: `begin` sends, `opened` waits when the pass is first needed."""
 
     def __init__(
-        self, seat: Seat, agreement: Agreement, controller: ControllerThread | None
+        self,
+        seat: Seat,
+        agreement: Agreement,
+        controller: ControllerLink | None,
+        sample_every: int = 0,
     ) -> None:
         self._seat = seat
         self._agreement = agreement
         self._controller = controller
+        self._even_flags = EvenFlags()
         self._opening: Opening | None = None
-        self._log: PassLog | None = None
+        self.log: PassLog | None = None  # of the pass under way, once it has been asked for
+        self._sample_every = sample_every
+        self._num_prefills = 0
         self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
@@ -57,56 +67,82 @@ class PassOpener:
         start, stop = self._seat.window.bounds(input_ids_T.shape[0])
         num_tokens = max(min(requests.num_tokens, stop) - start, 0)
         prefills = requests.phase == "prefill"
+        images = getattr(forward_batch, "mm_inputs", ())
+        has_images = images == () or any(image is not None for image in images or ())
         mine = Sizes(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens if prefills else 0,
             num_protected_tokens=requests.num_protected,
             phase=requests.phase,
         )
-        begun = mark_on(self._seat.device)
+        # Only the leader's times are read.
+        begun = mark_on(self._seat.device) if self._controller else HostMark()
         wanted = self._controller.policy() if self._controller else self.policy
         self._agreement.start(wanted, mine)
         self._opening = Opening(
             requests=requests,
             input_ids_T=input_ids_T,
+            has_images=has_images,
             # SGLang clamps the ids of images inside the forward; other batches have none.
-            flags_T=token_flags(input_ids_T, requests) if prefills else None,
+            flags_T=self._flags(input_ids_T, requests, has_images) if prefills else None,
             begun=begun,
         )
-        if self._controller:
-            self._controller.pass_begun()
 
     def opened(self) -> PassLog | None:
-        """The pass under way, or None; waits for the agreement when first asked."""
-        opening, self._opening = self._opening, None
+        """The pass under way, or None; waits for the agreement when first asked.
+
+        None also for a pass in which no rank prefills: no lever can act in it, and decode would pay
+        for the exchange with every token. All ranks have agreed on the phase, so all stay out of
+        the exchange together.
+        """
+        opening = self._opening
         if opening is None:
-            return self._log
+            return self.log
+        self._opening = None
+        if self._controller:
+            self._controller.pass_begun()
         agreed = self._agreement.finish()
         self.policy = agreed.policy
-        prefill = agreed.phase == "prefill"
+        step = self.num_passes
+        self.num_passes += 1
+        if agreed.phase != "prefill":
+            return None
         flags_T = opening.flags_T
-        if prefill and flags_T is None:
-            flags_T = token_flags(opening.input_ids_T, opening.requests)
+        if flags_T is None:
+            flags_T = self._flags(opening.input_ids_T, opening.requests, opening.has_images)
         reason = gate_reason(agreed)
         lever = Lever.NONE if reason else agreed.policy.lever
-        self._num_large += prefill and agreed.num_tokens >= agreed.policy.min_batch_tokens
-        self._log = PassLog(
-            step=self.num_passes,
+        self._num_large += agreed.num_tokens >= agreed.policy.min_batch_tokens
+        self.log = PassLog(
+            step=step,
             agreed=agreed,
             lever=lever,
             gate_reason=reason,
             begun=opening.begun,
             timed=self._is_timed(lever),
             flags_T=flags_T,
+            tokens_L=[] if self._is_sampled() else None,
         )
-        self.num_passes += 1
-        return self._log
+        return self.log
 
     def close(self) -> PassLog | None:
-        """The pass that ends, or None; no pass is under way afterwards."""
+        """The pass that ends, or None as `opened`; no pass is under way afterwards."""
         log = self.opened()
-        self._log = None
+        self.log = None
         return log
+
+    def _flags(
+        self, input_ids_T: torch.Tensor, requests: Requests, has_images: bool
+    ) -> torch.Tensor:
+        if has_images or 0 < requests.num_protected < requests.num_tokens:
+            return token_flags(input_ids_T, requests)
+        is_protected = requests.num_protected == requests.num_tokens
+        return self._even_flags.of(input_ids_T, FLAG_PROTECTED if is_protected else 0)
+
+    def _is_sampled(self) -> bool:
+        """Whether `ep.token_trace` takes this prefill pass; alike on all ranks."""
+        self._num_prefills += 1
+        return bool(self._sample_every) and (self._num_prefills - 1) % self._sample_every == 0
 
     def _is_timed(self, lever: Lever) -> bool:
         often = self._num_large <= TIMED_FIRST or self._num_large % TIMED_EVERY == 0

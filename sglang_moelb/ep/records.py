@@ -1,39 +1,27 @@
-"""From the layers of a pass to one `StepRecord`, and from records to what the status shows.
+"""The log of a pass on the hot path, and its counts on their way to the controller.
 
-`PassLog` is filled on the hot path with device tensors and marks only. On CUDA its counts are
-copied to pinned memory once, at the end of the pass; `build` runs in the controller thread.
+`PassLog` is filled with device tensors and marks only. When a pass ends, its counts are copied
+once, asynchronously on CUDA, to memory that the controller reads; once the device has ended the
+pass, `raw_of` says the rest. `ep.build_record` makes the `StepRecord`.
 
-Shape letters: T rows of this rank, L MoE layers, E logical experts, R ranks, M modalities, W width
-of a row of counts, S sources of rows that share capacities, G groups, C counts of an expert.
+Shape letters: T rows of this rank, L MoE layers, R ranks, W width of a row of counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from sglang_moelb.controller.plan import kept_amount
-from sglang_moelb.ep.balance import LayerOutcome, group_capacity, num_groups_of
+from sglang_moelb.ep.agreed import Agreed
+from sglang_moelb.ep.balance import LayerOutcome
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
-from sglang_moelb.ep.exchange import Agreed
-from sglang_moelb.kernels.row_layout import (
-    C_CUTTABLE_AMOUNT,
-    C_PROTECTED_AMOUNT,
-    C_TEXT_ROWS,
-    C_VISION_ROWS,
-    H_PROTECTED_TOKENS,
-    H_TOKENS,
-    H_VISION_TOKENS,
-    MASS_ONE,
-    NUM_COUNTS,
-    NUM_HEADER,
-)
-from sglang_moelb.types import IntArray, Lever, Rule, Scope, StepRecord, Topology
+from sglang_moelb.ep.controller_messages import RawPass
+from sglang_moelb.ep.shared_counts import SharedCounts
+from sglang_moelb.types import Lever
 
 AnyMark = HostMark | DeviceMark
-ROWS = [C_TEXT_ROWS, C_VISION_ROWS]
 PARTS = ("dispatch", "balanced", "experts", "combine", "combined")
 
 
@@ -44,7 +32,8 @@ Marks = dict[str, AnyMark]
 class PassLog:
     """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
 
-    `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, or nothing: see `timed`.
+    `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, where `timed`, else none.
+    `tokens_L` holds the router's ids and weights where `ep.token_trace` samples the pass.
     """
 
     step: int
@@ -53,157 +42,105 @@ class PassLog:
     gate_reason: str
     begun: AnyMark
     timed: bool
-    flags_T: torch.Tensor | None  # of the batch's rows, in a prefill pass
+    flags_T: torch.Tensor | None  # of the batch's rows
     ids_L: list[torch.Tensor] = field(default_factory=list)
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
-    observing: tuple[AnyMark, AnyMark] | None = None
+    observing: AnyMark | None = None  # when all layers' counting began, without a lever
+    tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HostCopy:
-    """A closed pass, its tensors on the host or on their way; no stats where no lever acted."""
+class Slot:
+    """Host memory for the counts of one pass: int32 `[R, L, W]`, and int64 `[R, 8]`."""
+
+    number: int
+    counts_RLW: torch.Tensor
+    stats_R8: torch.Tensor
+
+
+def slots_of(shared: SharedCounts) -> list[Slot]:
+    """The slots of `shared` as tensors of the same memory."""
+    pairs = zip(shared.counts_SRLW, shared.stats_SR8, strict=True)
+    return [
+        Slot(
+            number=number,
+            counts_RLW=torch.from_numpy(counts_RLW),
+            stats_R8=torch.from_numpy(stats_R8),
+        )
+        for number, (counts_RLW, stats_R8) in enumerate(pairs)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClosedPass:
+    """A pass whose last work is enqueued; its counts are in slot `slot` once it has ended."""
 
     log: PassLog
-    counts_LRW: torch.Tensor
-    stats_R8: torch.Tensor | None
+    slot: int
     ended: AnyMark
 
 
 def close(
-    log: PassLog, counts_LRW: torch.Tensor, stats_R8: torch.Tensor | None, device: torch.device
-) -> HostCopy:
-    """End the pass; asynchronous copies to the host on CUDA, none on CPU.
+    log: PassLog, counts_RLW: torch.Tensor, stats_R8: torch.Tensor | None, slot: Slot
+) -> ClosedPass:
+    """End the pass: copy its counts, and what a lever did, to `slot`; no host sync on CUDA.
 
     The log lets go of its device tensors.
     """
-    if device.type == "cuda":
-        counts_LRW = _to_pinned(counts_LRW)
-        stats_R8 = None if stats_R8 is None else _to_pinned(stats_R8)
-    log.ids_L, log.outcomes_L = [], []
-    return HostCopy(log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device))
+    assert counts_RLW.shape == slot.counts_RLW.shape, (counts_RLW.shape, slot.counts_RLW.shape)
+    slot.counts_RLW.copy_(counts_RLW, non_blocking=True)
+    if stats_R8 is not None:
+        slot.stats_R8.copy_(stats_R8, non_blocking=True)
+    log.ids_L, log.outcomes_L, log.tokens_L = [], [], None
+    return ClosedPass(log=log, slot=slot.number, ended=mark_on(counts_RLW.device))
 
 
-def rows_by_source(copy: HostCopy, topology: Topology) -> IntArray:
-    """Top-k rows of a built pass by source rank, int64 [L, R, E, M]. In the controller thread."""
-    rows_LREM: IntArray = _counts(copy, topology)[..., ROWS].astype(np.int64)
-    return rows_LREM
+def raw_of(closed: ClosedPass, now_s: float) -> RawPass:
+    """What is to be told of a pass that the device has ended; `now_s` as in `RawPass`.
 
-
-def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) -> StepRecord:
-    """The record of a closed pass; waits for the device, so never on the hot path.
-
-    `mass_per_token` is the gate mass of a token in a layer, by which passes without a lever are
-    counted: only a cut measures mass.
+    Once for each pass: its marks are given back.
     """
-    if isinstance(copy.ended, DeviceMark):
-        copy.ended.wait()
-    log = copy.log
-    counts_LRW = copy.counts_LRW.numpy()
-    counts_LREC = _counts(copy, topology)
-    stats_8 = [0] * 8 if copy.stats_R8 is None else copy.stats_R8.numpy().sum(axis=0).tolist()
-    header_RW = counts_LRW[0, :, :NUM_HEADER].astype(np.int64)
-    # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
-    rows_LEM = counts_LREC.sum(axis=1, dtype=np.int32)[..., ROWS].astype(np.int64)
-    return StepRecord(
+    log = closed.log
+    raw = RawPass(
+        slot=closed.slot,
+        now_s=now_s,
         step=log.step,
-        policy=log.agreed.policy,
-        phase=log.agreed.phase,  # type: ignore[arg-type]
+        agreed=log.agreed,
+        lever=log.lever,
         gate_reason=log.gate_reason,
-        rank=rank,
-        num_tokens_R=header_RW[:, H_TOKENS],
-        num_vision_tokens_R=header_RW[:, H_VISION_TOKENS],
-        num_protected_tokens_R=header_RW[:, H_PROTECTED_TOKENS],
-        rows_LEM=rows_LEM,
-        rows_after_LR=_rows_after(counts_LREC, rows_LEM, log, topology),
-        routed_mass=stats_8[0] / MASS_ONE
-        if log.lever is not Lever.NONE
-        else mass_per_token * int(counts_LRW[:, :, H_TOKENS].sum()),
-        lost_mass=stats_8[1] / MASS_ONE,
-        moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
-        num_dropped_rows=stats_8[3],
-        num_added_rows=stats_8[4] + stats_8[7],
-        experts_ms_L=_spans(log, "experts", "combine"),
-        layer_ms_L=_spans(log, "dispatch", "combined"),
-        balance_ms=_balance_ms(log),
-        step_ms=log.begun.ms_until(copy.ended),  # type: ignore[arg-type]
+        experts_ms_L=_spans(closed, "experts", "combine"),
+        layer_ms_L=_spans(closed, "dispatch", "combined"),
+        balance_ms=_balance_ms(closed),
+        step_ms=log.begun.ms_until(closed.ended),  # type: ignore[arg-type]
     )
+    for mark in _marks_of(closed):
+        mark.give_back()
+    return raw
 
 
-def rank_rows(rows_LE: IntArray, num_ranks: int) -> IntArray:
-    """Rows on each rank, `[L, R]`, from rows on each logical expert."""
-    rows_LR: IntArray = rows_LE.reshape(rows_LE.shape[0], num_ranks, -1).sum(axis=2)
-    return rows_LR
+def _marks_of(closed: ClosedPass) -> Iterator[AnyMark]:
+    log = closed.log
+    yield from (log.begun, closed.ended)
+    if log.observing is not None:
+        yield log.observing
+    for marks in log.marks_L:
+        yield from marks.values()
 
 
-def routed_rank_rows(rows_LEM: IntArray, num_ranks: int) -> IntArray:
-    """Rows on each rank before any lever, `[L, R]`, from a record's rows by modality."""
-    # An expert's modalities lie side by side, so they add up with the experts of its rank.
-    return rank_rows(rows_LEM.reshape(len(rows_LEM), -1), num_ranks)
-
-
-def _counts(copy: HostCopy, topology: Topology) -> np.ndarray:
-    """The counts of experts without the headers, int32 `[L, R, E, C]`."""
-    counts_LRW = copy.counts_LRW.numpy()
-    return counts_LRW[:, :, NUM_HEADER:].reshape(
-        len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
-    )
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
-
-
-def _spans(log: PassLog, first: str, last: str) -> np.ndarray:
-    spans = [
+def _spans(closed: ClosedPass, first: str, last: str) -> list[float]:
+    return [
         marks[first].ms_until(marks[last])  # type: ignore[arg-type]
         if first in marks and last in marks
         else 0.0
-        for marks in log.marks_L
+        for marks in closed.log.marks_L
     ]
-    return np.array(spans)
 
 
-def _balance_ms(log: PassLog) -> float:
-    if log.observing is not None:
-        begun, ended = log.observing
-        return begun.ms_until(ended)  # type: ignore[arg-type]
+def _balance_ms(closed: ClosedPass) -> float:
+    if closed.log.observing is not None:
+        return closed.log.observing.ms_until(closed.ended)  # type: ignore[arg-type]
     # Whoever comes first waits for the others in a layer's exchange, as it would in the dispatch:
     # only the fastest layer shows what is ours.
-    spans_L = _spans(log, "dispatch", "balanced")
-    return float(spans_L.min()) * len(spans_L)
-
-
-def _rows_after(
-    counts_LREC: np.ndarray, rows_LEM: IntArray, log: PassLog, topology: Topology
-) -> IntArray:
-    """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
-    rows_LR = routed_rank_rows(rows_LEM, topology.num_ranks)
-    if log.lever is Lever.NONE:
-        return rows_LR
-    policy = log.agreed.policy
-    by_source = policy.scope is Scope.SOURCE
-    num_groups = num_groups_of(topology, policy.level)
-    sources = range(topology.num_ranks) if by_source else [0]
-    capacity_S = np.array([group_capacity(topology, log.agreed, source) for source in sources])
-    cuttable_LSG, protected_LSG = (
-        _by_group(counts_LREC[..., column], num_groups, by_source=by_source)
-        for column in (C_CUTTABLE_AMOUNT, C_PROTECTED_AMOUNT)
-    )
-    kept_LSG = kept_amount(cuttable_LSG, protected_LSG, capacity_S[:, None])
-    kept_LR = rank_rows(kept_LSG.sum(axis=1), topology.num_ranks)
-    if policy.rule is Rule.PLAIN:
-        return kept_LR
-    amounts_LR = rank_rows((cuttable_LSG + protected_LSG).sum(axis=1), topology.num_ranks)
-    estimate_LR: IntArray = (rows_LR * kept_LR) // np.maximum(amounts_LR, 1)
-    return estimate_LR
-
-
-def _by_group(amounts_LRE: np.ndarray, num_groups: int, *, by_source: bool) -> IntArray:
-    """Amounts of each source and group; one source stands for all ranks unless `by_source`."""
-    amounts_LSE = amounts_LRE.astype(np.int64)
-    if not by_source:
-        amounts_LSE = amounts_LSE.sum(axis=1, keepdims=True)
-    amounts_LSG: IntArray = amounts_LSE.reshape(*amounts_LSE.shape[:2], num_groups, -1).sum(axis=3)
-    return amounts_LSG
+    spans_L = _spans(closed, "dispatch", "balanced")
+    return min(spans_L) * len(spans_L)

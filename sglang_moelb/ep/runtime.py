@@ -17,10 +17,9 @@ import torch
 
 from sglang_moelb import config as configuration
 from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
-from sglang_moelb.ep import records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
-from sglang_moelb.ep.controller_thread import ControllerThread, Pending
+from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
 from sglang_moelb.ep.modality import requests_of
 from sglang_moelb.ep.observe import observe
@@ -28,9 +27,8 @@ from sglang_moelb.ep.open_pass import PassOpener
 from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.ep.status import Ledger
-from sglang_moelb.ep.verdict_log import plain
-from sglang_moelb.types import Lever, StepRecord
+from sglang_moelb.ep.token_trace import TokenTrace
+from sglang_moelb.types import Lever
 
 logger = logging.getLogger("sglang_moelb")
 
@@ -45,19 +43,21 @@ class Runtime:
         config: Config,
         agreement: Agreement,
         exchange: Exchange | SymmetricExchange,
-        controller: ControllerThread | None,
-        ledger: Ledger | None,
+        controller: ControllerLink | None,
+        token_trace: TokenTrace | None = None,
     ) -> None:
         self._seat = seat
+        self._layer_of_dispatcher = seat.layer_of_dispatcher
         self._config = config
-        self._passes = PassOpener(seat, agreement, controller)
+        self._token_trace = token_trace
+        every = token_trace.every if token_trace else 0
+        self._passes = PassOpener(seat, agreement, controller, sample_every=every)
         self._controller = controller
-        self._ledger = ledger
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
+        self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
         self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
         self._seams_verified = False
-        self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
 
     def note_requests(self, forward_batch: Any, batch: Any) -> None:
         """Remember on the batch which runs of its tokens are protected."""
@@ -72,17 +72,20 @@ class Runtime:
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
-        layer = self._seat.layer_of_dispatcher.get(id(dispatcher))
-        if layer is None or not _is_normal(dispatcher):
+        log = self._passes.log or self._passes.opened()
+        layer = self._layer_of_dispatcher.get(id(dispatcher))
+        if log is None or layer is None:
             return topk_output
-        log = self._passes.opened()
-        if log is None or log.agreed.phase != "prefill":
-            # No lever can act, and decode would pay for the exchange with every token. All ranks
-            # have agreed on the phase, so all stay out of this pass's exchange together.
-            return topk_output
-        log.marks_L.append({})
-        self._marks = log.marks_L[-1] if log.timed else None
-        self._mark("dispatch")
+        if log is not self._normal_log:  # of one mode in all layers
+            if not _is_normal(dispatcher):
+                return topk_output
+            self._normal_log = log
+        if log.timed:
+            self._marks = {}
+            log.marks_L.append(self._marks)
+            self._mark("dispatch")
+        if log.tokens_L is not None:
+            log.tokens_L.append((topk_output.topk_ids, topk_output.topk_weights))
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
@@ -107,68 +110,63 @@ class Runtime:
 
     def before_experts(self) -> None:
         """Rows have arrived."""
-        self._mark("experts")
+        if self._marks is not None:
+            self._mark("experts")
 
     def after_experts(self) -> None:
         """The grouped GEMM is enqueued."""
-        self._mark("combine")
+        if self._marks is not None:
+            self._mark("combine")
 
     def after_combine(self) -> None:
         """The layer is enqueued as a whole."""
-        self._mark("combined")
-        self._marks = None
+        if self._marks is not None:
+            self._mark("combined")
+            self._marks = None
 
     def end_pass(self) -> None:
         """Close the pass and hand it to the controller."""
         log = self._passes.close()
+        self._normal_log = None
         if log is None:
             return
-        if log.agreed.phase == "prefill" and not self._seams_verified:
+        if not self._seams_verified:
             verify_passed()
             self._seams_verified = True
-        if not log.marks_L:
+        if not (log.ids_L or log.outcomes_L):
             return
-        counts_LRW, stats_R8 = self._gathered(log)
-        if self._controller:
-            copy = records.close(log, counts_LRW, stats_R8, self._seat.device)
-            self._controller.submit(
-                Pending(
-                    build=lambda: self._record(copy),
-                    rows=lambda: records.rows_by_source(copy, self._seat.topology),
-                )
-            )
+        gathered = self._gathered(log)
+        if log.tokens_L and self._token_trace:
+            self._token_trace.add(log, self._flags_of(log, log.tokens_L[0][0].shape[0]))
+        if self._controller and gathered:
+            self._controller.submit(log, *gathered)
 
-    def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Every rank's counts of all layers `[L, R, W]`, and what a lever did on each, `[R, 8]`.
+    def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Every rank's counts of all layers `[R, L, W]`, and what a lever did on each, `[R, 8]`.
 
-        Ends in a collective, so every rank comes here, also without a controller.
+        Ends in a collective, so every rank comes here; None where no controller wants the counts.
         """
-        if log.lever is not Lever.NONE:
-            stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
-            stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
-            return torch.stack([outcome.counts_RW for outcome in log.outcomes_L]), stats_R8
-        begun = mark_on(self._seat.device)
-        counts_LRW = observe(
-            log.ids_L,
-            self._flags_of(log, log.ids_L[0].shape[0]),
-            self._exchange,
-            num_experts=self._seat.topology.num_experts,
-        )
-        log.observing = (begun, mark_on(self._seat.device))
-        return counts_LRW, None
+        wanted = self._controller is not None
+        if log.lever is Lever.NONE:
+            log.observing = mark_on(self._seat.device) if wanted else None
+            counts_RLW = observe(
+                log.ids_L,
+                self._flags_of(log, log.ids_L[0].shape[0]),
+                self._exchange,
+                num_experts=self._seat.topology.num_experts,
+                wanted=wanted,
+            )
+            return None if counts_RLW is None else (counts_RLW, None)
+        stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
+        if not wanted:
+            self._exchange.offer(stats_8.view(torch.int32))
+            return None
+        stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
+        return torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1), stats_R8
 
     def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:
         assert log.flags_T is not None, "only a prefill pass is observed"
         return self._seat.window.of(log.flags_T, num_rows)
-
-    def _record(self, copy: records.HostCopy) -> StepRecord:
-        """Build a record in the controller thread, and learn the mass of a token from a cut."""
-        seat = self._seat
-        record = records.build(copy, seat.topology, seat.rank, self._mass_per_token)
-        num_rows = int(record.num_tokens_R.sum()) * seat.topology.num_layers
-        if record.used_lever is not Lever.NONE and num_rows:
-            self._mass_per_token = record.routed_mass / num_rows
-        return record
 
     def status(self) -> dict[str, Any]:
         """The state of this rank as plain JSON types; full on the leader only."""
@@ -185,12 +183,10 @@ class Runtime:
             "num_passes": self._passes.num_passes,
             "seams": dict(num_passed),
             "controller": {"state": "off"},
+            "trace_tokens": self._token_trace.stats.state if self._token_trace else "off",
         }
-        if self._controller and self._ledger:
-            answer["controller"] = self._controller_status()
-            answer["totals"] = self._ledger.totals()
-            answer["recent"] = self._ledger.recent()
-            answer["verdict"] = plain(self._controller.effects)
+        if self._controller:
+            answer |= self._controller.status()
         return answer
 
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:
@@ -211,23 +207,6 @@ class Runtime:
             if self._controller:
                 self._controller.reconfigure(self._config)
         return {k: v for k, v in update.items() if not k.startswith(KNOB_PREFIX)}
-
-    def _controller_status(self) -> dict[str, Any]:
-        assert self._controller is not None
-        answer: dict[str, Any] = {
-            "state": self._controller.state,
-            "num_passes": self._controller.num_submitted,
-            "trace": self._controller.trace_state,
-        }
-        effects = self._controller.effects
-        if effects:
-            answer["last_decision"] = {
-                "lever": effects.decision.lever.name.lower(),
-                "reason": effects.decision.reason,
-                "expected_gain": effects.decision.expected_gain,
-                "expected_lost_mass_share": effects.decision.expected_lost_mass_share,
-            }
-        return answer
 
     def _mark(self, part: str) -> None:
         if self._marks is not None:

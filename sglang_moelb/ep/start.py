@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sglang_moelb.config import Config, trace_folder
-from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import install, points, seams
-from sglang_moelb.ep.controller_thread import ControllerThread
+from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.ep.status import Ledger
-from sglang_moelb.ep.verdict_log import VerdictLog
-from sglang_moelb.trace.background import BackgroundWriter
-from sglang_moelb.trace.types import TraceError
-from sglang_moelb.trace.writer import TraceWriter
-from sglang_moelb.types import Effects, StepRecord, Topology
+from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
+from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
 
@@ -34,7 +28,6 @@ SUPPORTED = (
     "DeepseekV3ForCausalLM",
     "KimiVLForConditionalGeneration",
 )
-SWITCH_INTERVAL_S = 0.0002
 SCORINGS = ("softmax", "sigmoid")
 
 
@@ -48,34 +41,22 @@ def attach_to(model_runner: Any, config: Config) -> None:
     parallel = get_parallel()
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
-    controller = ledger = None
-    if seat.rank == LEADER:
-        # The controller thread computes in Python; the default of 5 ms would let it keep the
-        # interpreter lock from the serving thread for that long each time.
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        ledger = Ledger(seat.topology)
-        metrics = Metrics.if_enabled()
-        controller = ControllerThread(
-            Controller(config, seat.topology),
-            config,
-            _publisher(ledger, metrics),
-            _trace(seat, config),
-        )
-        if metrics:
-            metrics.watch(controller)
+    one_host = model_runner.server_args.nnodes == 1
+    tokens = token_trace_of(seat, config)
+    controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
     runtime = Runtime(
         seat,
         config,
-        Agreement(group.cpu_group),
+        Agreement(group.cpu_group, one_host=one_host),
         exchange_for(
             group.device_group,
             num_layers=seat.topology.num_layers,
             num_experts=seat.topology.num_experts,
             device=seat.device,
-            one_host=model_runner.server_args.nnodes == 1,
+            one_host=one_host,
         ),
         controller,
-        ledger,
+        tokens,
     )
     points.attach(runtime)
     logger.info(
@@ -88,28 +69,24 @@ def attach_to(model_runner: Any, config: Config) -> None:
     )
 
 
-def _trace(seat: Seat, config: Config) -> BackgroundWriter | None:
-    """The trace that was asked for; ends the process where it cannot be written."""
-    folder = trace_folder()
-    if not folder:
-        return None
+def _controller(seat: Seat, config: Config, tokens: TokenTrace | None) -> ControllerLink:
+    """The controller process of the leader; ends this process where it cannot begin."""
+    metrics = Metrics.if_enabled()
     try:
-        writer = TraceWriter(Path(folder), topology=seat.topology, rank=seat.rank, config=config)
-    except TraceError as error:
-        sys.exit(f"sglang_moelb: --moelb-trace: {error}")
-    return BackgroundWriter(writer)
-
-
-def _publisher(ledger: Ledger, metrics: Metrics | None) -> Any:
-    verdicts = VerdictLog()
-
-    def publish(record: StepRecord, effects: Effects) -> None:
-        ledger.add(record, effects)
-        verdicts.add(effects)
-        if metrics:
-            metrics.add(record, effects)
-
-    return publish
+        controller = ControllerLink(
+            seat.topology,
+            config,
+            rank=seat.rank,
+            device=seat.device,
+            has_metrics=metrics is not None,
+            trace=trace_folder(),
+        )
+    except ControllerError as error:
+        sys.exit(f"sglang_moelb: {error}")
+    if metrics:
+        metrics.watch(controller, config)
+        metrics.follow("tokens", tokens.background if tokens else None)
+    return controller
 
 
 def _seat(model_runner: Any, parallel: Any) -> Seat:

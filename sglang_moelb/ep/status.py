@@ -1,36 +1,37 @@
 """What a server says about itself: totals and recent passes, as plain JSON types.
 
-Written by the controller thread, read by the serving thread; a reader may see the pass before
-last, never half a pass.
+The controller process counts; the serving process keeps the rows that it is sent and shows them.
 
 Shape letters: L MoE layers, R ranks, E logical experts, M modalities.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import numpy as np
 
-from sglang_moelb.ep.records import routed_rank_rows
+from sglang_moelb.ep.build_record import routed_rank_rows
+from sglang_moelb.ep.shown_pass import ShownPass
 from sglang_moelb.types import Effects, Lever, StepRecord, Topology
 
 NUM_RECENT = 64
 
 
 class Ledger:
-    """Sums over all passes and a short memory of the last ones."""
+    """Sums over all passes, and the row of the last one."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._recent: deque[dict[str, Any]] = deque(maxlen=NUM_RECENT)
+        self._newest: dict[str, Any] = {}
         self._by_lever = {lever.name.lower(): 0 for lever in Lever}
         self._sums: dict[str, float] = dict.fromkeys(
             ("routed_mass", "lost_mass", "moved_mass", "num_dropped_rows", "num_added_rows"), 0
         )
         self._num_passes = 0
         self._num_prefill = 0
+        self._shown = ShownPass(topology, NUM_RECENT)
+        self._is_shown = False
 
     def add(self, record: StepRecord, effects: Effects) -> None:
         """Count one pass."""
@@ -39,7 +40,8 @@ class Ledger:
         self._by_lever[record.used_lever.name.lower()] += 1
         for name in self._sums:
             self._sums[name] += getattr(record, name)
-        self._recent.append(self._row(record))
+        self._newest = self._row(record)
+        self._is_shown = self._shown.add(record)
 
     def totals(self) -> dict[str, Any]:
         """Sums since the start."""
@@ -50,9 +52,13 @@ class Ledger:
             **self._sums,
         }
 
-    def recent(self) -> list[dict[str, Any]]:
-        """The last passes, oldest first."""
-        return list(self._recent)
+    def newest(self) -> dict[str, Any]:
+        """The last pass."""
+        return self._newest
+
+    def heat(self) -> dict[str, Any] | None:
+        """Loads by rank and layer of the last pass if it is the one to show (`ep.shown_pass`)."""
+        return self._shown.heat() if self._is_shown else None
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)

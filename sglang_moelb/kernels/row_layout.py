@@ -9,7 +9,10 @@ Shape letters: E logical experts, R ranks, W row width.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_HEADER = 8
 H_TOKENS, H_VISION_TOKENS, H_PROTECTED_TOKENS, H_VISION_AMOUNT, H_AMOUNT = range(5)

@@ -55,7 +55,7 @@ def encode_header(header: Header) -> bytes:
 
 def decode_header(payload: bytes) -> Header:
     """Inverse of `encode_header`. Raises `ValueError`."""
-    header: Header = _decode(payload, Header)
+    header: Header = decode_payload(payload, Header)
     return header
 
 
@@ -66,7 +66,7 @@ def encode_config(config: Config) -> bytes:
 
 def decode_config(payload: bytes) -> ConfigChange:
     """Inverse of `encode_config`. Raises `ValueError`."""
-    return ConfigChange(config=parse(_decode(payload, dict[str, Any]), check_mode=False))
+    return ConfigChange(config=parse(decode_payload(payload, dict[str, Any]), check_mode=False))
 
 
 def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
@@ -102,7 +102,7 @@ def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
 
 def decode_pass(payload: bytes, topology: Topology) -> TracedPass:
     """Inverse of `encode_pass`. Raises `ValueError`."""
-    found = _decode(payload, _PassPayload)
+    found = decode_payload(payload, _PassPayload)
     num_layers, num_ranks = topology.num_layers, topology.num_ranks
     shape = (num_layers, num_ranks, topology.num_experts, NUM_MODALITIES)
     rows_LREM = from_planes(found.rows, shape)
@@ -197,7 +197,8 @@ def _times(data: bytes, num_layers: int) -> FloatArray:
     return np.frombuffer(data, "<f8").astype(np.float64)
 
 
-def _decode(payload: bytes, kind: Any) -> Any:
+def decode_payload(payload: bytes, kind: Any) -> Any:
+    """A payload as a struct of `kind`. Raises `ValueError`."""
     try:
         return msgspec.msgpack.decode(zlib.decompress(payload), type=kind)
     except (zlib.error, msgspec.DecodeError) as error:

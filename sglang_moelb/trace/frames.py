@@ -32,6 +32,7 @@ class Kind(IntEnum):
     HEADER = 0
     PASS = 1
     CONFIG = 2
+    TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ ORDER = (
     "test_bit_identity.py::test_a_lever",
     "test_metrics.py",
     "test_verdict.py",
+    "test_live.py",
     "test_idle.py",
     "test_bad_input.py",
     "test_levers.py",

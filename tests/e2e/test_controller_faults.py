@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from .conftest import Serve, Server
 from .talk import SHORT, TEXT, call, change, observed, say, status, until
+from .test_metrics import scrape, value
 
 pytestmark = pytest.mark.e2e
 
@@ -20,12 +23,26 @@ def fault(server: Server, kind: str) -> None:
     assert code == 200, answer
 
 
-def test_a_hung_controller_means_none_until_it_answers_again(serve: Serve) -> None:
+def send(server: Server, number: int) -> None:
+    """A signal to the controller process."""
+    os.kill(status(server)["controller"]["process_id"], number)
+
+
+def up(server: Server) -> float:
+    return value(scrape(server), "moelb_controller_up")
+
+
+@pytest.mark.parametrize("how", ["fault", "signal"])
+def test_a_hung_controller_means_none_until_it_answers_again(serve: Serve, how: str) -> None:
     server = observed(serve)
     exact = say(server, TEXT)
     change(server, DROP)
     assert say(server, TEXT) != exact
-    fault(server, "hang")
+    change(server, {"controller": {"timeout_ms": 100.0}})
+    if how == "fault":
+        fault(server, "hang")
+    else:
+        send(server, signal.SIGSTOP)
     say(server, SHORT, num_tokens=8)
 
     def hung() -> bool:
@@ -36,29 +53,46 @@ def test_a_hung_controller_means_none_until_it_answers_again(serve: Serve) -> No
     assert say(server, TEXT) == exact, "nothing is dropped while nobody controls"
     now = status(server)
     assert now["policy"]["lever"] == "none"
-    assert now["policy"]["reason"] == "controller thread is hung"
-    fault(server, "none")
+    assert now["policy"]["reason"] == "controller process is hung"
+    assert up(server) == 0
+    if how == "fault":
+        fault(server, "none")
+    else:
+        send(server, signal.SIGCONT)
     until(lambda: status(server)["controller"]["state"] == "running")
     change(server, {"controller": {"timeout_ms": 5000.0}})
     assert say(server, TEXT) != exact, "the lever is back"
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("signal", "killed by SIGKILL"),
+        pytest.param(
+            "fault", "RuntimeError: fault.controller is 'die'", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_dead_controller_means_none_within_one_pass_and_no_change_is_taken(
-    serve: Serve,
+    serve: Serve, how: str, why: str
 ) -> None:
     server = observed(serve)
     exact = say(server, TEXT)
     change(server, DROP)
     assert say(server, TEXT) != exact
-    fault(server, "die")
+    totals = status(server)["totals"]
+    if how == "fault":
+        fault(server, "die")
+    else:
+        send(server, signal.SIGKILL)
     until(lambda: status(server)["controller"]["state"] == "dead")
     config = status(server)["config"]
     assert say(server, TEXT) == exact, "the very next pass is in none"
     now = status(server)
     assert now["policy"]["lever"] == "none"
-    assert now["policy"]["reason"] == (
-        "controller thread is dead: RuntimeError: fault.controller is 'die'"
-    )
+    assert now["policy"]["reason"] == f"controller process is dead: {why}"
+    assert now["totals"]["num_passes"] >= totals["num_passes"], "what was counted is still shown"
+    assert up(server) == 0
     for body in ({"mode": "drop"}, {"kill": True}):
         code, answer = call(server, "/moelb/config", body)
         assert code == 503

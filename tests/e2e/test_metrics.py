@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_moelb.ep.metrics import METRICS
-from sglang_moelb.types import Lever, Phase
+from sglang_moelb.metrics import labels
+from sglang_moelb.metrics.table import METRICS
+from sglang_moelb.types import Topology
 
 from .conftest import Serve, Server
-from .talk import NUM_LAYERS, TEXT, call, change, observed, say, status, until
+from .talk import (
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    NUM_RANKS,
+    TEXT,
+    TOPK,
+    call,
+    change,
+    observed,
+    say,
+    status,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
-BOUNDS = {
-    "phase": set(get_args(Phase)),
-    "lever": {lever.name.lower() for lever in Lever},
-    "layer": {str(layer) for layer in range(NUM_LAYERS)},
-}
+TOPOLOGY = Topology(
+    num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_ranks=NUM_RANKS, topk=TOPK
+)
 
 
 def scrape(server: Server) -> dict[str, Family]:
@@ -37,7 +46,7 @@ def value(families: dict[str, Family], name: str) -> float:
 def test_every_metric_is_served_with_bounded_labels_beside_sglangs_own(serve: Serve) -> None:
     server = observed(serve)
     say(server, TEXT)
-    until(lambda: "moelb_balancedness_after" in scrape(server))
+    until(lambda: "moelb_layer_balancedness" in scrape(server))
     families = scrape(server)
     for metric in METRICS:
         family = families[metric.name.removesuffix("_total")]
@@ -45,15 +54,18 @@ def test_every_metric_is_served_with_bounded_labels_beside_sglangs_own(serve: Se
         assert family.documentation == metric.meaning
         assert family.samples, metric.name
         for sample in family.samples:
-            assert set(sample.labels) == set(metric.labels), sample
-            assert all(text in BOUNDS[label] for label, text in sample.labels.items()), sample
-        if metric.labels == ("layer",):
-            assert {sample.labels["layer"] for sample in family.samples} == BOUNDS["layer"]
+            assert set(sample.labels) - {"le"} == set(metric.labels), sample
+            for label in metric.labels:
+                assert sample.labels[label] in labels.values(label, TOPOLOGY), sample
+        assert len(family.samples) <= metric.num_series(TOPOLOGY), metric.name
+        if "layer" in metric.labels or "rank" in metric.labels:
+            assert len(family.samples) == metric.num_series(TOPOLOGY), metric.name
     assert {name for name in families if name.startswith("moelb_")} == {
         metric.name.removesuffix("_total") for metric in METRICS
     }
     assert any(name.startswith("sglang:") for name in families)
-    assert value(families, "moelb_controller_up") == 1
+    (state,) = (s for s in families["moelb_controller_state"].samples if s.value == 1)
+    assert state.labels == {"state": "running"}
 
 
 def test_metrics_count_what_the_status_counts(serve: Serve) -> None:
@@ -65,15 +77,15 @@ def test_metrics_count_what_the_status_counts(serve: Serve) -> None:
     def agree() -> bool:
         totals = status(server)["totals"]["num_passes_by_lever"]
         passes = scrape(server)["moelb_passes"].samples
-        by_lever = dict.fromkeys(totals, 0.0)
-        for sample in passes:
-            if sample.name == "moelb_passes_total":
-                lever = sample.labels["lever"]
-                by_lever[lever] = by_lever.get(lever, 0.0) + sample.value
-        return by_lever == totals
+        return {sample.labels["lever"]: sample.value for sample in passes} == totals
 
     until(agree)
     after = scrape(server)
-    for name in ("moelb_lost_gate_mass", "moelb_dropped_rows", "moelb_balance_seconds"):
+    for name in (
+        "moelb_lost_gate_mass", "moelb_dropped_rows", "moelb_own_time_seconds",
+        "moelb_saved_seconds",
+    ):
         assert value(after, name) > value(before, name), name
+    (mode,) = (s for s in after["moelb_mode"].samples if s.value == 1)
+    assert mode.labels == {"mode": "drop"}
     assert value(after, "moelb_policy_epoch") == status(server)["policy"]["epoch"]

@@ -61,7 +61,16 @@ def gather(group: dist.ProcessGroup, rank: int, rows: list[torch.Tensor]) -> lis
 def agree(
     group: dist.ProcessGroup, rank: int, passes: list[tuple[Policy, Sizes]]
 ) -> list[Agreed]:
-    agreement = Agreement(group)
+    """What the passes agree on, which is the same over the group and in shared memory."""
+    over_group, in_memory = (_agree(group, rank, passes, one_host=one) for one in (False, True))
+    assert over_group == in_memory
+    return in_memory
+
+
+def _agree(
+    group: dist.ProcessGroup, rank: int, passes: list[tuple[Policy, Sizes]], *, one_host: bool
+) -> list[Agreed]:
+    agreement = Agreement(group, one_host=one_host)
     answers = []
     for policy, mine in passes:
         agreement.start(policy, mine)

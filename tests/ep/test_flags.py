@@ -49,8 +49,9 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(install, "refuse_taken_port", lambda args: seen.append("tried the port"))
     monkeypatch.setattr(install, "install_in_main", lambda: seen.append("installed"))
     monkeypatch.setattr(
-        configuration, "to_environment", lambda config, trace: seen.append(
+        configuration, "to_environment", lambda config, trace, tokens: seen.append(
             f"handed on {config.mode}" + (f", trace {trace}" if trace else "")
+            + (f", tokens {tokens}" if tokens else "")
         )
     )
     return seen
@@ -69,6 +70,25 @@ def test_with_a_flag_sglangs_are_checked_first_and_the_processes_are_told(done: 
     assert done == ["checked SGLang's flags", "tried the port", "handed on drop", "installed"]
     flags.take_arguments(parse("--moelb-trace", "some/folder"))
     assert done[-2:] == ["handed on none, trace some/folder", "installed"]
+    flags.take_arguments(parse("--moelb-trace", "some/folder", "--moelb-trace-tokens", "16"))
+    assert done[-2:] == ["handed on none, trace some/folder, tokens 16", "installed"]
+    flags.take_arguments(parse("--moelb-trace-tokens", "0"))
+    assert done[-2:] == ["handed on none", "installed"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--moelb-trace-tokens", "4"), "--moelb-trace-tokens 4: needs a folder .* --moelb-trace"),
+        (("--moelb-trace", "d", "--moelb-trace-tokens", "-1"), "--moelb-trace-tokens -1: use 0"),
+    ],
+)
+def test_a_trace_of_tokens_that_cannot_be_is_refused_by_name(
+    done: list[str], argv: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        flags.take_arguments(parse(*argv))
+    assert done == []
 
 
 def test_any_one_flag_asks_for_the_plugin_in_mode_none() -> None:

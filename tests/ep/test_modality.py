@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from sglang_moelb.ep.modality import (
+    EvenFlags,
     Requests,
     RowWindow,
-    refuses,
     requests_of,
     token_flags,
 )
+from sglang_moelb.ep.refusal import refuses
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 
 
@@ -159,3 +160,14 @@ def test_a_wrong_number_of_rows_is_an_error_with_the_numbers() -> None:
     window = RowWindow(attn_tp_size=4, attn_tp_rank=1)
     with pytest.raises(RuntimeError, match=r"has 7 rows.*all 10 .*share 1 of 4 \(3\)"):
         window.of(torch.zeros(10, dtype=torch.uint8), 7)
+
+
+def test_even_flags_are_the_same_memory_until_a_larger_batch_comes() -> None:
+    flags = EvenFlags()
+    ids_T = torch.zeros(7, dtype=torch.int64)
+    first = flags.of(ids_T, FLAG_PROTECTED)
+    assert first.tolist() == [FLAG_PROTECTED] * 7
+    assert first.dtype == torch.uint8
+    assert flags.of(ids_T[:3], FLAG_PROTECTED).data_ptr() == first.data_ptr()
+    assert flags.of(ids_T[:0], 0).shape == (0,)
+    assert flags.of(torch.zeros(9, dtype=torch.int64), 0).tolist() == [0] * 9

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
+from sglang_moelb.ep.build_record import build, rank_rows
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.exchange import Agreed, Exchange
 from sglang_moelb.ep.observe import observe
-from sglang_moelb.ep.records import PassLog, build, close, rank_rows
+from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
+from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger, balancedness
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import (
@@ -61,14 +63,17 @@ def one_pass(
         log.outcomes_L.append(balancer.run(routed, agreed, lever))
         ids_L.append(log.outcomes_L[-1].ids_TC)
     if lever is Lever.NONE:
-        counts_LRW, stats_R8 = observe(
+        counts_RLW, stats_R8 = observe(
             ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
         ), None
     else:
-        counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
+        counts_RLW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1)
         stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
         stats_R8 = exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
-    return build(close(log, counts_LRW, stats_R8, HOST), sizes, rank, MASS_PER_TOKEN), ids_L
+    shared = SharedCounts.create(sizes)
+    told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[1]), now_s=0.0)
+    arrays = shared.counts_SRLW[told.slot], shared.stats_SR8[told.slot]
+    return build(told, *arrays, sizes, rank, MASS_PER_TOKEN), ids_L
 
 
 def run_pass(
@@ -198,20 +203,19 @@ def test_rows_of_experts_add_up_to_their_rank() -> None:
     assert rank_rows(np.arange(8)[None], 4).tolist() == [[1, 5, 9, 13]]
 
 
-def test_the_ledger_sums_masses_and_shows_shares_of_the_last_passes(ranks: Ranks) -> None:
+def test_the_ledger_sums_masses_and_shows_shares_of_the_last_pass(ranks: Ranks) -> None:
     _, results = run_pass(ranks, "skewed", replace(POLICY, lever=Lever.DROP))
     record = results[0][0]
     ledger = Ledger(topology(4))
     for _ in range(70):
         ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
-    totals, recent = ledger.totals(), ledger.recent()
+    totals, newest = ledger.totals(), ledger.newest()
     assert totals["num_passes"] == totals["num_prefill_passes"] == 70
     assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70}
     assert totals["lost_mass"] == pytest.approx(70 * record.lost_mass)
-    assert len(recent) == 64
-    assert recent[-1]["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
-    assert max(recent[-1]["balance_after_L"]) < max(recent[-1]["balance_before_L"])
-    assert recent[-1]["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
+    assert newest["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
+    assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
+    assert newest["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
 
 
 def test_inputs_of_the_tests_themselves_are_reproducible() -> None:

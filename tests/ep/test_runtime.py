@@ -12,12 +12,15 @@ import torch
 
 from sglang_moelb.config import KNOB_PREFIX, Config, merge, policy_of, to_numbers
 from sglang_moelb.ep import points
-from sglang_moelb.ep.exchange import Agreed, Sizes
+from sglang_moelb.ep.agreed import Agreed, Sizes
+from sglang_moelb.ep.build_record import build
 from sglang_moelb.ep.modality import Requests, RowWindow
 from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
+from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.types import Lever, Policy
 
 from .layers import NUM_EXPERTS, TOPK, layer_input, topology
@@ -61,25 +64,21 @@ class Mirroring:
     def __init__(self) -> None:
         self.num_gathers = 0
 
+    def place(self, width: int) -> None:
+        return None
+
     def gather(self, row_W: torch.Tensor) -> torch.Tensor:
         self.num_gathers += 1
         return row_W.expand(NUM_RANKS, -1).contiguous()
 
 
 class Clock:
-    """A controller thread that takes what it is given."""
+    """A controller that takes what it is given."""
 
     def __init__(self) -> None:
         self.configs: list[Config] = []
         self.records: list[Any] = []
-        self.state = "running"
-        self.trace_state = "off"
-        self.effects = None
         self.lever = Lever.DROP
-
-    @property
-    def num_submitted(self) -> int:
-        return len(self.records)
 
     def pass_begun(self) -> None:
         """Nothing to do."""
@@ -90,8 +89,16 @@ class Clock:
     def reconfigure(self, config: Config) -> None:
         self.configs.append(config)
 
-    def submit(self, pending: Any) -> None:
-        self.records.append(pending.build())
+    def submit(self, log: PassLog, counts_RLW: torch.Tensor, stats_R8: Any) -> None:
+        sizes = replace(topology(NUM_RANKS), num_layers=counts_RLW.shape[1])
+        shared = SharedCounts.create(sizes)
+        told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[0]), now_s=0.0)
+        self.records.append(
+            build(told, shared.counts_SRLW[0], shared.stats_SR8[0], sizes, 0, mass_per_token=1.0)
+        )
+
+    def status(self) -> Any:
+        return {"controller": {"state": "running"}, "totals": {}, "recent": [], "verdict": None}
 
 
 @pytest.fixture
@@ -129,7 +136,7 @@ def runtime(
     )
     for seam in SEAMS:
         points.num_passed[seam.name] += 1
-    yield Runtime(seat, START, agreeing, mirroring, clock, None)  # type: ignore[arg-type]
+    yield Runtime(seat, START, agreeing, mirroring, clock)  # type: ignore[arg-type]
     points.detach()
 
 
@@ -262,6 +269,28 @@ def test_vision_tokens_are_flagged_before_sglang_clamps_their_ids(
     runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
     runtime.end_pass()
     assert clock.records[0].num_vision_tokens_R.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("images", [None, [], [None, None], [None, object()]])
+@pytest.mark.parametrize("protected", [0, 7, 40])
+def test_flags_are_right_whether_or_not_sglang_says_that_there_are_images(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, images: Any, protected: int
+) -> None:
+    clock.lever = Lever.NONE
+    batch = forward_batch(
+        40, Requests(runs=((protected, True), (40 - protected, False)), phase="prefill")
+    )
+    batch.mm_inputs = images
+    num_vision = 5 if images and any(images) else 0
+    batch.input_ids[:num_vision] = 1_000_000
+    routed = layer_input(40, seed=3)
+    for _ in range(2):
+        runtime.begin_pass(batch)
+        output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+        runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
+        runtime.end_pass()
+        assert clock.records[-1].num_vision_tokens_R.tolist() == [num_vision] * 2
+        assert clock.records[-1].num_protected_tokens_R.tolist() == [protected] * 2
 
 
 def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(

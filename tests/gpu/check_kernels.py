@@ -126,6 +126,11 @@ def check_counts(shape: Shape) -> None:
     expected_LW = count_layers(*args, num_experts=shape.num_experts)
     rows_LW = count_layers(*(arg.cuda() for arg in args), num_experts=shape.num_experts)
     assert_close(f"count_layers {shape}", expected_LW, rows_LW, tolerance=0.0)
+    place_LW = torch.full_like(rows_LW, 9)
+    count_layers(
+        *(arg.cuda() for arg in args), num_experts=shape.num_experts, out_LW=place_LW
+    )
+    assert_close(f"count_layers in place {shape}", expected_LW, place_LW, tolerance=0.0)
 
 
 def check_cuts(shape: Shape) -> None:

@@ -269,3 +269,7 @@ def test_many_layers_are_counted_as_each_alone(
         for ids_TK in ids_LTK
     ]  # fmt: skip
     assert_close("rows_LW", torch.stack(loops), rows_LW)
+    place_LW = torch.full_like(rows_LW, 9)
+    out_LW = count_layers(ids_LTK, cases[0].flags_T, num_experts=6, out_LW=place_LW)
+    assert out_LW.data_ptr() == place_LW.data_ptr()
+    assert_close("out_LW", rows_LW, place_LW)

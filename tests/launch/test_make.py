@@ -42,6 +42,8 @@ def test_the_demo_installs_no_test_tools() -> None:
     assert "requirements/test.txt" not in plan("demo")
     assert "scripts/install_cpu.sh" in plan("demo")
     assert "requirements/test.txt" in plan("test")
+    assert "install_promtool.sh" not in plan("demo")
+    assert "install_promtool.sh .venv/bin" in plan("test")
 
 
 def test_ci_runs_make_test_and_nothing_else() -> None:

@@ -18,8 +18,7 @@ from sglang_moelb.trace import frames
 from sglang_moelb.trace.codec import decode_header, encode_header
 from sglang_moelb.trace.frames import HEAD_BYTES, PREAMBLE, Kind
 from sglang_moelb.trace.reader import open_trace
-from sglang_moelb.trace.types import TraceError
-from sglang_moelb.trace.writer import file_name
+from sglang_moelb.trace.types import PASSES, TraceError
 from sglang_moelb.types import Topology
 from tests.trace.world import FIRST, rich_pass, writer
 
@@ -118,7 +117,7 @@ def test_a_missing_or_cut_file_between_others_is_named(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), r"holds no \*.trace file"),
+        (lambda path: path.mkdir(), r"holds no rank-\*.trace file"),
     ],
 )
 def test_a_place_without_a_trace_is_named(tmp_path: Path, make: object, message: str) -> None:
@@ -142,10 +141,10 @@ def test_two_servers_cannot_trace_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_any_file_of_the_rank_is_taken(tmp_path: Path) -> None:
-    (tmp_path / file_name(0, 7)).write_bytes(b"")
+    (tmp_path / PASSES.file_name(0, 7)).write_bytes(b"")
     with pytest.raises(TraceError, match="a trace of rank 0 already"):
         writer(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [file_name(0, 7)]
+    assert [path.name for path in tmp_path.iterdir()] == [PASSES.file_name(0, 7)]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 
 from sglang_moelb.config import Config
 from sglang_moelb.trace.synthetic import SyntheticLoad, synthetic_passes
-from sglang_moelb.trace.types import TracedPass
-from sglang_moelb.trace.writer import TraceWriter, file_name
+from sglang_moelb.trace.types import PASSES, TracedPass
+from sglang_moelb.trace.writer import TraceWriter
 from sglang_moelb.types import Decision, Lever, Policy, Topology
 
 TOPOLOGY = Topology(num_layers=3, num_experts=8, num_ranks=4, topk=2)
 LOAD = SyntheticLoad(topology=TOPOLOGY, num_passes=6, tokens_per_rank=50, seed=3)
-FIRST = file_name(0, 0)
+FIRST = PASSES.file_name(0, 0)
 
 
 def writer(folder: Path, max_file_bytes: int = 1 << 20, rank: int = 0) -> TraceWriter:

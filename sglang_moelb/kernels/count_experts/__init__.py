@@ -55,7 +55,9 @@ def count_experts(
     return ref.count_experts(*args, num_experts=num_experts, topk=topk, key_rule=key_rule)
 
 
-def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+def count_layers(
+    ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int, out_LW: Tensor | None = None
+) -> Tensor:
     """The rows that `count_experts` gives without amounts and key rule, of many layers at once.
 
     Source: ours. For passes in which nothing is cut: one launch for all layers.
@@ -64,6 +66,7 @@ def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tenso
         ids_LTK: int32 or int64 logical experts, -1 none; contiguous.
         flags_T: uint8, FLAG_VISION and FLAG_PROTECTED; the same tokens in all layers.
         num_experts: E.
+        out_LW: int32 and contiguous, written and returned; or None for a new tensor.
 
     Returns:
         rows_LW int32, rows as in `row_layout` without histogram. Equal, bit by bit, on every run
@@ -72,5 +75,5 @@ def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tenso
     if ids_LTK.is_cuda:
         from sglang_moelb.kernels.count_experts import kernel
 
-        return kernel.count_layers(ids_LTK, flags_T, num_experts=num_experts)
-    return ref.count_layers(ids_LTK, flags_T, num_experts=num_experts)
+        return kernel.count_layers(ids_LTK, flags_T, num_experts=num_experts, out_LW=out_LW)
+    return ref.count_layers(ids_LTK, flags_T, num_experts=num_experts, out_LW=out_LW)

@@ -314,11 +314,16 @@ def count_experts(
     return row_W, keys_TC
 
 
-def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+def count_layers(
+    ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int, out_LW: Tensor | None = None
+) -> Tensor:
     """See `sglang_moelb.kernels.count_experts`. Runs on the device of its tensors, no sync."""
     num_layers, num_tokens, topk = ids_LTK.shape
     width = row_layout.row_width(num_experts, with_histogram=False)
-    rows_LW = torch.zeros(num_layers, width, dtype=torch.int32, device=ids_LTK.device)
+    if out_LW is None:
+        rows_LW = torch.zeros(num_layers, width, dtype=torch.int32, device=ids_LTK.device)
+    else:
+        rows_LW = out_LW.zero_()
     if num_tokens == 0:
         return rows_LW
     tile_tokens, tile_columns = _tile(topk)

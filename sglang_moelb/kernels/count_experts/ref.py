@@ -54,7 +54,9 @@ def count_experts(
     return torch.cat([part.flatten() for part in parts]).int(), keys_TC
 
 
-def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tensor:
+def count_layers(
+    ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int, out_LW: Tensor | None = None
+) -> Tensor:
     """See `sglang_moelb.kernels.count_experts`. Runs on the host."""
     num_layers, size = ids_LTK.shape[0], num_experts * NUM_CLASSES
     class_T = (flags_T & CLASS_MASK).long()
@@ -71,7 +73,8 @@ def count_layers(ids_LTK: Tensor, flags_T: Tensor, *, num_experts: int) -> Tenso
     header_L8[:, : layout.H_VISION_AMOUNT] = tokens_L4 @ TOKENS_BY_CLASS
     header_L8[:, layout.H_VISION_AMOUNT : layout.H_AMOUNT + 1] = tokens_L4 @ TOKEN_AMOUNTS_BY_CLASS
     counts_LE5 = torch.cat([rows_LE4 @ ROWS_BY_CLASS, rows_LE4 @ AMOUNTS_BY_CLASS], dim=2)
-    return torch.cat([header_L8, counts_LE5.flatten(1)], dim=1).int()
+    rows_LW = torch.cat([header_L8, counts_LE5.flatten(1)], dim=1).int()
+    return rows_LW if out_LW is None else out_LW.copy_(rows_LW)
 
 
 def _sums(codes_TC: Tensor, amounts_T: Tensor | None, size: int) -> Tensor:

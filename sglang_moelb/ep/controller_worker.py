@@ -1,0 +1,134 @@
+"""What the controller process does with a pass: record, step, publish, trace. Light: no torch.
+
+Shape letters: R ranks, L MoE layers, W width of a layer's row of counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from sglang_moelb.config import Config
+from sglang_moelb.controller.controller import Controller
+from sglang_moelb.ep.build_record import build, rows_by_source
+from sglang_moelb.ep.controller_messages import Answer, Changed, RawPass, Ready, Setup, raw
+from sglang_moelb.ep.metrics import Metrics
+from sglang_moelb.ep.shared_counts import SharedCounts
+from sglang_moelb.ep.status import Ledger
+from sglang_moelb.ep.verdict_log import VerdictLog, plain
+from sglang_moelb.trace.background import BackgroundWriter
+from sglang_moelb.trace.types import TracedPass
+from sglang_moelb.trace.writer import TraceWriter
+from sglang_moelb.types import Effects, Lever, Observation, Policy, StepRecord, Verdict
+
+
+class Worker:
+    """Owns the controller and all that reads its records. Raises `TraceError` at the start."""
+
+    def __init__(self, setup: Setup, shared: SharedCounts) -> None:
+        self._setup = setup
+        self._shared = shared
+        self._controller = Controller(setup.config, setup.topology)
+        self._said = self._controller.policy
+        self._ledger = Ledger(setup.topology)
+        self._trace = _trace(setup)
+        self._metrics = Metrics() if setup.has_metrics else None
+        if self._metrics:
+            self._metrics.follow("passes", self._trace)
+        self._verdicts = VerdictLog()
+        self._judged: Verdict | None = None  # as said last
+        self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
+
+    def ready(self) -> Ready:
+        """What to say before the first pass."""
+        return Ready(policy=self._said, totals=raw(self._ledger.totals()))
+
+    def read(self, told: RawPass) -> Answer:
+        """Take in one pass; its slot is not read any more afterwards."""
+        counts_RLW = self._shared.counts_SRLW[told.slot]
+        record = build(
+            told,
+            counts_RLW,
+            self._shared.stats_SR8[told.slot],
+            self._setup.topology,
+            self._setup.rank,
+            self._mass_per_token,
+        )
+        self._learn_mass(record)
+        effects = self._controller.step(Observation(record=record, now_s=told.now_s))
+        self._ledger.add(record, effects)
+        self._verdicts.add(effects)
+        if self._metrics:
+            self._metrics.add(record, effects)
+        if self._trace:
+            self._trace.add(
+                TracedPass(
+                    record=record,
+                    rows_LREM=rows_by_source(counts_RLW, self._setup.topology),
+                    now_s=told.now_s,
+                    decision=effects.decision,
+                )
+            )
+        decision, heat = effects.decision, self._ledger.heat()
+        return Answer(
+            policy=self._news(effects.policy),
+            trace_state=self._trace_state(),
+            decision=raw(
+                {
+                    "lever": decision.lever.name.lower(),
+                    "reason": decision.reason,
+                    "expected_gain": decision.expected_gain,
+                    "expected_lost_mass_share": decision.expected_lost_mass_share,
+                    "spent_mass_share": effects.estimate.spent_mass_share,
+                }
+            ),
+            verdict=self._judgement(effects),
+            heat=raw(heat) if heat else None,
+            totals=raw(self._ledger.totals()),
+            row=raw(self._ledger.newest()),
+        )
+
+    def reconfigure(self, config: Config) -> Changed:
+        """Take a new configuration."""
+        self._said = self._controller.reconfigure(config)
+        if self._trace:
+            self._trace.reconfigure(config)
+        return Changed(policy=self._said)
+
+    def close(self) -> None:
+        """Write what is left of the trace."""
+        if self._trace:
+            self._trace.close()
+
+    def _news(self, policy: Policy) -> Policy | None:
+        """`policy` unless it was said last."""
+        if policy == self._said:
+            return None
+        self._said = policy
+        return policy
+
+    def _judgement(self, effects: Effects) -> msgspec.Raw | None:
+        """The verdict packed, unless it was said last."""
+        if effects.verdict is self._judged:
+            return None
+        self._judged = effects.verdict
+        return raw(plain(effects))
+
+    def _learn_mass(self, record: StepRecord) -> None:
+        num_rows = int(record.num_tokens_R.sum()) * self._setup.topology.num_layers
+        if record.used_lever is not Lever.NONE and num_rows:
+            self._mass_per_token = record.routed_mass / num_rows
+
+    def _trace_state(self) -> str:
+        """"off", "running", or why the trace has stopped."""
+        return (self._trace.stopped or "running") if self._trace else "off"
+
+
+def _trace(setup: Setup) -> BackgroundWriter | None:
+    if not setup.trace:
+        return None
+    folder = Path(setup.trace)
+    return BackgroundWriter(
+        TraceWriter(folder, topology=setup.topology, rank=setup.rank, config=setup.config)
+    )

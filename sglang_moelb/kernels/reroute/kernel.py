@@ -1,0 +1,278 @@
+"""Triton kernels of `reroute`: count tiles and deal, then find each row's position and its copy.
+
+`_prepare` counts the experts of each tile of tokens; further programs of the same launch deal this
+rank's rows to the ranks, as the position at which each rank's part ends, and look up where the
+copies are. In `_apply` a tile adds up the counts of the tiles before it; the rows before a token
+inside the tile are one product of a triangle of ones with the tokens' experts, exact in float32.
+
+Example: rank 0 of 2, experts 0 and 1 on rank 0, one slot a rank, a copy of expert 0 in rank 1's;
+rows of expert 0 by source [3, 1], quotas [2, 2]:
+
+    deal       rank 0 keeps 2 of its 3 rows, the third goes to rank 1: parts end at [2, 3]
+    places     2 own experts and a slot a rank: expert 0 is physical 0 on rank 0, 5 on rank 1
+    ids        [0], [1], [0], [0] become [0], [1], [0], [5]
+
+Shape letters: T tokens, K top-k, R ranks, W row width, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.reroute.ref import check_reroute
+
+DEAL_ENTRIES = 2048
+COUNT_ENTRIES = 4096
+MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not exercised upstream
+MANY_TOKENS = 8192  # from which tiles of 128 tokens fill the device
+MANY_EXPERTS = 256  # from which positions of 128 tokens would take too much shared memory
+
+NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
+NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
+C_TEXT_ROWS = tl.constexpr(row_layout.C_TEXT_ROWS)
+C_VISION_ROWS = tl.constexpr(row_layout.C_VISION_ROWS)
+
+
+@triton.jit
+def _deal(
+    first,
+    rows_ptr,
+    slots_ptr,
+    quota_ptr,
+    ends_ptr,
+    physical_ptr,
+    row_stride,
+    my_rank,
+    NUM_RANKS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_DEAL: tl.constexpr,
+):
+    expert = (first + tl.arange(0, TILE_DEAL))[:, None]
+    rank = tl.arange(0, TILE_RANKS)[None, :]
+    inside = (expert < NUM_EXPERTS) & (rank < NUM_RANKS)
+    at = rows_ptr + rank.to(tl.int64) * row_stride + NUM_HEADER + expert * NUM_COUNTS
+    rows = tl.load(at + C_TEXT_ROWS, mask=inside, other=0)
+    rows += tl.load(at + C_VISION_ROWS, mask=inside, other=0)
+    quota = tl.load(quota_ptr + expert * NUM_RANKS + rank, mask=inside, other=0)
+    local = tl.minimum(rows, quota)
+    left = rows - local
+    start = tl.sum(tl.where(rank < my_rank, left, 0), axis=1)[:, None]
+    end = start + tl.sum(tl.where(rank == my_rank, left, 0), axis=1)[:, None]
+    room = quota - local
+    room_end = tl.cumsum(room, axis=1)
+    share = tl.minimum(end, room_end) - tl.maximum(start, room_end - room)
+    share = tl.maximum(share, 0) + tl.where(rank == my_rank, local, 0)
+
+    num_local: tl.constexpr = NUM_EXPERTS // NUM_RANKS
+    place = expert % num_local + tl.zeros_like(share)
+    for slot in range(NUM_SLOTS):
+        held = tl.load(slots_ptr + rank * NUM_SLOTS + slot, mask=rank < NUM_RANKS, other=-1)
+        place = tl.where(held == expert, num_local + slot, place)
+    out = expert * TILE_RANKS + rank
+    is_expert = (expert < NUM_EXPERTS) & (rank < TILE_RANKS)
+    tl.store(ends_ptr + out, tl.cumsum(share, axis=1), mask=is_expert)
+    tl.store(physical_ptr + out, rank * (num_local + NUM_SLOTS) + place, mask=is_expert)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "ids_stride", "row_stride", "my_rank"])
+def _prepare(
+    ids_ptr,
+    rows_ptr,
+    slots_ptr,
+    quota_ptr,
+    counts_ptr,
+    ends_ptr,
+    physical_ptr,
+    num_tokens,
+    num_tiles,
+    ids_stride,
+    row_stride,
+    my_rank,
+    TOPK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_TOPK: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_DEAL: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if tile < num_tiles:
+        token = tile.to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+        column = tl.arange(0, TILE_TOPK)[None, :]
+        inside = (token < num_tokens)[:, None] & (column < TOPK)
+        ids = tl.load(ids_ptr + token[:, None] * ids_stride + column, mask=inside, other=-1)
+        ids = tl.reshape(ids.to(tl.int32), [TILE_TOKENS * TILE_TOPK])
+        valid = (ids >= 0) & (ids < NUM_EXPERTS)
+        counts = tl.histogram(tl.where(valid, ids, 0), TILE_EXPERTS, mask=valid)
+        tl.store(counts_ptr + tile * TILE_EXPERTS + tl.arange(0, TILE_EXPERTS), counts)
+    else:
+        _deal(
+            (tile - num_tiles) * TILE_DEAL,
+            rows_ptr,
+            slots_ptr,
+            quota_ptr,
+            ends_ptr,
+            physical_ptr,
+            row_stride,
+            my_rank,
+            NUM_RANKS,
+            NUM_EXPERTS,
+            NUM_SLOTS,
+            TILE_RANKS,
+            TILE_DEAL,
+        )
+
+
+@triton.jit
+def _rows_before(
+    ids_ptr,
+    counts_ptr,
+    tile,
+    token,
+    num_tokens,
+    ids_stride,
+    TOPK: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+    TILE_COUNTS: tl.constexpr,
+):
+    """Rows of each expert before each token of a tile, int32 [TILE_TOKENS, TILE_EXPERTS]."""
+    experts = tl.arange(0, TILE_EXPERTS)[None, :]
+    before = tl.zeros([TILE_EXPERTS], tl.int32)
+    for start in range(0, tile, TILE_COUNTS):
+        earlier = (start + tl.arange(0, TILE_COUNTS))[:, None]
+        at = counts_ptr + earlier * TILE_EXPERTS + experts
+        before += tl.sum(tl.load(at, mask=earlier < tile, other=0), axis=0)
+    has = tl.zeros([TILE_TOKENS, TILE_EXPERTS], tl.float16)
+    for k in tl.static_range(TOPK):
+        chosen = tl.load(ids_ptr + token * ids_stride + k, mask=token < num_tokens, other=-1)
+        has += (chosen.to(tl.int32)[:, None] == experts).to(tl.float16)
+    line = tl.arange(0, TILE_TOKENS)
+    is_earlier = (line[None, :] < line[:, None]).to(tl.float16)
+    return tl.dot(is_earlier, has).to(tl.int32) + before[None, :]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "ids_stride"])
+def _apply(
+    ids_ptr,
+    counts_ptr,
+    ends_ptr,
+    physical_ptr,
+    out_ptr,
+    num_tokens,
+    ids_stride,
+    TOPK: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_TOPK: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+    TILE_RANKS: tl.constexpr,
+    TILE_COUNTS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    token = tile.to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    before = _rows_before(
+        ids_ptr,
+        counts_ptr,
+        tile,
+        token,
+        num_tokens,
+        ids_stride,
+        TOPK,
+        TILE_TOKENS,
+        TILE_EXPERTS,
+        TILE_COUNTS,
+    )
+    column = tl.arange(0, TILE_TOPK)
+    inside = (token < num_tokens)[:, None] & (column < TOPK)[None, :]
+    ids = tl.load(ids_ptr + token[:, None] * ids_stride + column[None, :], mask=inside, other=-1)
+    expert = ids.to(tl.int32)
+    valid = (expert >= 0) & (expert < NUM_EXPERTS)
+    expert = tl.where(valid, expert, 0)
+    position = tl.gather(before, expert, axis=1)
+    # An id that stands twice in a token counts twice.
+    same = expert[:, :, None] == expert[:, None, :]
+    same = same & (valid[:, None, :] & (column[None, :] < column[:, None])[None, :, :])
+    position += tl.sum(same.to(tl.int32), axis=2)
+
+    first = expert * TILE_RANKS
+    rank = tl.zeros_like(expert)
+    for step in tl.static_range(SEARCH_STEPS):
+        half: tl.constexpr = TILE_RANKS >> (step + 1)
+        end = tl.load(ends_ptr + first + rank + (half - 1), mask=valid, other=0)
+        rank += tl.where(position >= end, half, 0)
+    physical = tl.load(physical_ptr + first + rank, mask=valid, other=-1)
+    out_at = out_ptr + token[:, None] * TOPK + column[None, :]
+    tl.store(out_at, physical.to(ids.dtype), mask=inside)
+
+
+def reroute(
+    ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, *, my_rank: int
+) -> Tensor:
+    """See `sglang_moelb.kernels.reroute`. Runs on the device of its tensors, no sync."""
+    check_reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank)
+    num_tokens, topk = ids_TK.shape
+    out_TK = torch.empty_like(ids_TK, memory_format=torch.contiguous_format)
+    if num_tokens == 0:
+        return out_TK
+    ids_TK = ids_TK if ids_TK.stride(1) == 1 else ids_TK.contiguous()
+    rows_RW = rows_RW if rows_RW.stride(1) == 1 else rows_RW.contiguous()
+    num_experts, num_ranks = quota_ER.shape
+    tile_experts = max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts))
+    tile_ranks = triton.next_power_of_2(num_ranks)
+    tile_tokens = 128 if num_tokens > MANY_TOKENS and tile_experts < MANY_EXPERTS else 64
+    tile_deal = max(1, min(tile_experts, DEAL_ENTRIES // tile_ranks))
+    num_tiles, num_deals = triton.cdiv(num_tokens, tile_tokens), triton.cdiv(num_experts, tile_deal)
+    counts = torch.empty(num_tiles * tile_experts, dtype=torch.int32, device=ids_TK.device)
+    tables = torch.empty(2, num_experts, tile_ranks, dtype=torch.int32, device=ids_TK.device)
+    sizes = {
+        "TOPK": topk,
+        "NUM_EXPERTS": num_experts,
+        "TILE_TOKENS": tile_tokens,
+        "TILE_TOPK": triton.next_power_of_2(topk),
+        "TILE_EXPERTS": tile_experts,
+        "TILE_RANKS": tile_ranks,
+    }
+    _prepare[(num_tiles + num_deals,)](
+        ids_TK,
+        rows_RW,
+        slots_RS.contiguous(),
+        quota_ER.contiguous(),
+        counts,
+        tables[0],
+        tables[1],
+        num_tokens,
+        num_tiles,
+        ids_TK.stride(0),
+        rows_RW.stride(0),
+        my_rank,
+        **sizes,
+        NUM_RANKS=num_ranks,
+        NUM_SLOTS=slots_RS.shape[1],
+        TILE_DEAL=tile_deal,
+        num_warps=4,
+    )
+    _apply[(num_tiles,)](
+        ids_TK,
+        counts,
+        tables[0],
+        tables[1],
+        out_TK,
+        num_tokens,
+        ids_TK.stride(0),
+        **sizes,
+        TILE_COUNTS=max(1, COUNT_ENTRIES // tile_experts),
+        SEARCH_STEPS=tile_ranks.bit_length() - 1,
+        num_warps=8,
+    )
+    return out_TK
