@@ -32,6 +32,7 @@ from sglang_moelb.controller.watchdog import is_stale
 from sglang_moelb.ep import records
 from sglang_moelb.ep.controller_messages import (
     MAX_PACKET_BYTES,
+    UNCHANGED,
     Answer,
     Died,
     FromController,
@@ -98,8 +99,8 @@ class ControllerLink:
         self._policy = ready.policy
         self._totals = ready.totals
         self._answer: Answer | None = None
-        self._verdict: msgspec.Raw | None = None
-        self._heat: msgspec.Raw | None = None
+        self._verdict = UNCHANGED
+        self._heat = UNCHANGED
         self._trace_state = "running" if trace else "off"
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""

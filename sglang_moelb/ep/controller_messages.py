@@ -65,19 +65,22 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     problem: str = ""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+UNCHANGED = msgspec.Raw()  # empty; msgspec knows no Raw that may also be None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """A pass has been read and its slot is free; what the status shows comes packed as it is.
 
-    `policy`, `verdict` and `heat` are None where they are those that were said last.
+    `policy` is None, `verdict` and `heat` are UNCHANGED where they are those that were said last.
     """
 
     policy: Policy | None
     trace_state: str
     decision: msgspec.Raw
-    verdict: msgspec.Raw | None
-    heat: msgspec.Raw | None
     totals: msgspec.Raw
     row: msgspec.Raw
+    verdict: msgspec.Raw = UNCHANGED
+    heat: msgspec.Raw = UNCHANGED
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,7 +12,15 @@ import msgspec
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep.build_record import build, rows_by_source
-from sglang_moelb.ep.controller_messages import Answer, Changed, RawPass, Ready, Setup, raw
+from sglang_moelb.ep.controller_messages import (
+    UNCHANGED,
+    Answer,
+    Changed,
+    RawPass,
+    Ready,
+    Setup,
+    raw,
+)
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger
@@ -84,7 +92,7 @@ class Worker:
                 }
             ),
             verdict=self._judgement(effects),
-            heat=raw(heat) if heat else None,
+            heat=raw(heat) if heat else UNCHANGED,
             totals=raw(self._ledger.totals()),
             row=raw(self._ledger.newest()),
         )
@@ -108,10 +116,10 @@ class Worker:
         self._said = policy
         return policy
 
-    def _judgement(self, effects: Effects) -> msgspec.Raw | None:
+    def _judgement(self, effects: Effects) -> msgspec.Raw:
         """The verdict packed, unless it was said last."""
         if effects.verdict is self._judged:
-            return None
+            return UNCHANGED
         self._judged = effects.verdict
         return raw(plain(effects))
 
