@@ -32,7 +32,7 @@ from sglang_moelb.controller.watchdog import is_stale
 from sglang_moelb.ep import records
 from sglang_moelb.ep.controller_messages import (
     MAX_PACKET_BYTES,
-    NOTHING,
+    UNCHANGED,
     Answer,
     Died,
     FromController,
@@ -41,7 +41,6 @@ from sglang_moelb.ep.controller_messages import (
     Setup,
     encode,
     from_controller,
-    newer,
 )
 from sglang_moelb.ep.records import ClosedPass, PassLog, Slot
 from sglang_moelb.ep.shared_counts import SharedCounts
@@ -100,7 +99,7 @@ class ControllerLink:
         self._policy = ready.policy
         self._totals = ready.totals
         self._answer: Answer | None = None
-        self._verdict = self._heat = NOTHING
+        self._verdict = self._heat = UNCHANGED
         self._trace_state = "running" if trace else "off"
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""
@@ -203,8 +202,8 @@ class ControllerLink:
             "controller": controller,
             "totals": unpacked(self._totals),
             "recent": [unpacked(row) for row in tuple(self._rows)],
-            "heat": unpacked(self._heat),
-            "verdict": unpacked(self._verdict),
+            "heat": unpacked(self._heat) if self._heat else None,
+            "verdict": unpacked(self._verdict) if self._verdict else None,
         }
 
     def _begin(self, setup: Setup) -> Ready:
@@ -274,8 +273,8 @@ class ControllerLink:
         if isinstance(message, Answer):
             self._answer = message
             self._totals = message.totals
-            self._verdict = newer(message.verdict, self._verdict)
-            self._heat = newer(message.heat, self._heat)
+            self._verdict = message.verdict or self._verdict
+            self._heat = message.heat or self._heat
             self._trace_state = message.trace_state
             self._rows.append(message.row)
             self._told_s.popleft()

@@ -18,7 +18,6 @@ from sglang_moelb.ep.agreed import Agreed
 from sglang_moelb.types import Lever, Policy, Topology
 
 MAX_PACKET_BYTES = 1 << 16
-NOTHING = msgspec.Raw(b"\xc0")  # nil
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -66,19 +65,22 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     problem: str = ""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+UNCHANGED = msgspec.Raw()  # empty; msgspec knows no Raw that may also be None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """A pass has been read and its slot is free; what the status shows comes packed as it is.
 
-    `policy` is None, `verdict` and `heat` are `NOTHING`, where they are those that were said last.
+    `policy` is None, `verdict` and `heat` are UNCHANGED where they are those that were said last.
     """
 
     policy: Policy | None
     trace_state: str
     decision: msgspec.Raw
-    verdict: msgspec.Raw
-    heat: msgspec.Raw
     totals: msgspec.Raw
     row: msgspec.Raw
+    verdict: msgspec.Raw = UNCHANGED
+    heat: msgspec.Raw = UNCHANGED
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -108,11 +110,6 @@ def _plain(value: Any) -> int | float:
 
 
 encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
-
-
-def newer(said: msgspec.Raw, before: msgspec.Raw) -> msgspec.Raw:
-    """`said`, or what was said before where that is `NOTHING`."""
-    return before if bytes(said) == bytes(NOTHING) else said
 
 
 def raw(shown: object) -> msgspec.Raw:

@@ -13,7 +13,7 @@ from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep.build_record import build, rows_by_source
 from sglang_moelb.ep.controller_messages import (
-    NOTHING,
+    UNCHANGED,
     Answer,
     Changed,
     RawPass,
@@ -92,7 +92,7 @@ class Worker:
                 }
             ),
             verdict=self._judgement(effects),
-            heat=raw(heat) if heat else NOTHING,
+            heat=raw(heat) if heat else UNCHANGED,
             totals=raw(self._ledger.totals()),
             row=raw(self._ledger.newest()),
         )
@@ -119,7 +119,7 @@ class Worker:
     def _judgement(self, effects: Effects) -> msgspec.Raw:
         """The verdict packed, unless it was said last."""
         if effects.verdict is self._judged:
-            return NOTHING
+            return UNCHANGED
         self._judged = effects.verdict
         return raw(plain(effects))
 

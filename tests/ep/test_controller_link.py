@@ -359,3 +359,32 @@ def test_a_trace_replays_to_the_very_decisions(tmp_path: Path) -> None:
         effects = controller.step(Observation(record=traced.record, now_s=traced.now_s))
         assert effects.decision == traced.decision
         assert effects.policy == policy
+
+
+def test_the_verdict_comes_back_and_its_line_is_in_the_log(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    judging = {"enabled": True, "log_interval_s": 0.1}
+    world = World(merge(SETTINGS, {"mode": "observe", "verdict": judging}))
+    try:
+        assert world.link.status()["verdict"] is None
+        said = ""
+        until_s = time.monotonic() + WAIT_S
+        while "verdict: " not in said and time.monotonic() < until_s:
+            world.submit()
+            time.sleep(0.02)
+            said += capfd.readouterr().err
+        told = world.link.status()["verdict"]
+        assert told is not None
+        assert told["reason"].startswith("not enough: no time of the experts measured yet")
+        assert "sglang_moelb: verdict: leave it off, because not enough: no time" in said
+        world.link.reconfigure(SETTINGS)
+
+        def is_off() -> bool:
+            world.submit()
+            world.link.policy()
+            return world.link.status()["verdict"] is None
+
+        until(is_off)
+    finally:
+        world.link.stop()
