@@ -12,7 +12,15 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-OPS = ("count_experts", "plan_cuts", "cut_tokens", "widen_candidates", "token_amounts")
+OPS = (
+    "count_experts",
+    "plan_cuts",
+    "cut_tokens",
+    "widen_candidates",
+    "token_amounts",
+    "place_replicas",
+    "reroute",
+)
 
 
 @pytest.mark.skipif(
