@@ -20,6 +20,7 @@ OPS = (
     "token_amounts",
     "place_replicas",
     "reroute",
+    "pull_experts",
 )
 
 
