@@ -45,7 +45,7 @@ def _pick(tile, FIRST_TILES: tl.constexpr, options):
     return picked
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["wanted_ptr"])
 def _convert(
     weight_ptrs,
     out_ptrs,

@@ -24,7 +24,11 @@ NUM_WARPS = 4
 GROUP = fp8_device.GROUP
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# Not by values that change with the batch: compiling in a live pass makes the other ranks wait.
+@triton.jit(
+    do_not_specialize=["num_rows", "scale_row_stride", "scale_group_stride"],
+    do_not_specialize_on_alignment=["num_valid_ptr"],
+)
 def _quantise(
     x_ptr,
     q_ptr,
