@@ -27,7 +27,7 @@ TO_ROUNDER = tl.constexpr((23 - 3) << 23)  # e4m3fn has 3 bits of mantissa, floa
 @triton.jit
 def scale_of(amax):
     """The scale of groups with these largest values, and its inverse; NaN in amax counts as 0."""
-    scale = tl.div_rn(tl.maximum(amax, MIN_AMAX), FP8_MAX)
+    scale = tl.div_rn(tl.where(amax > MIN_AMAX, amax, MIN_AMAX), FP8_MAX)
     tiny = tl.full([], TINY, tl.float32)  # a bare subnormal number would be a float64
     return scale, tl.maximum(tl.div_rn(1.0, scale), tiny)
 

@@ -173,7 +173,7 @@ def test_padding_rows_change_nothing_in_the_valid_rows_of_silu(
 def test_rows_that_do_not_fit_the_groups_are_refused(
     quantise_rows: Callable, silu_mul_quantise: Callable
 ) -> None:
-    with pytest.raises(ValueError, match="rows to quantise are torch.float32"):
+    with pytest.raises(ValueError, match=r"rows to quantise are torch\.float32"):
         quantise_rows(torch.zeros(2, 128))
     with pytest.raises(ValueError, match="have 130 columns, no multiple of 128"):
         quantise_rows(torch.zeros(2, 130, dtype=torch.bfloat16))

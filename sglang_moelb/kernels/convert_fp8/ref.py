@@ -29,7 +29,8 @@ def convert_fp8(
         blocks = pad(weight_ENK[wanted_I], fill)
         grouped = blocks.view(len(wanted_I), block_rows, GROUP, block_columns, GROUP)
         values, scale = quantise(grouped, (2, 4))
-        out_ENK[wanted_I] = values.view(blocks.shape)[:, :num_rows, :num_columns]
+        codes = values.view(torch.uint8).view(blocks.shape)  # torch does not index all fp8
+        out_ENK.view(torch.uint8)[wanted_I] = codes[:, :num_rows, :num_columns]
         scale_ENK[wanted_I] = scale[:, :, 0, :, 0]
 
 
