@@ -24,6 +24,9 @@ OPS = (
     "convert_fp4",
     "quantise_rows_fp4",
     "grouped_fp4",
+    "plan_downgrade",
+    "convert_fp8",
+    "quantise_rows",
 )
 
 
