@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
-import numpy as np
 import torch
 from kernel_bench import BenchCase, main
 from replica_routings import CASES, expert_rows, make_rows
@@ -16,18 +16,18 @@ from replica_routings import CASES, expert_rows, make_rows
 from sglang_moelb.kernels.place_replicas import place_replicas
 
 NUM_SLOTS = 8
-NUM_TOKENS = 4096
 
 
 def make_cases(device: str) -> Iterator[BenchCase]:
-    """One case a routing; bytes are counts read and quotas written."""
-    for case in CASES:
-        rows_RE = expert_rows(case, NUM_TOKENS)
+    """Each routing at 4,096 and 16,384 tokens a rank; bytes are counts read and quotas written."""
+    for num_tokens, case in product((4096, 16384), CASES):
+        rows_RE = expert_rows(case, num_tokens)
         num_ranks, num_experts = rows_RE.shape
-        before = rows_RE.sum(axis=0).reshape(num_ranks, -1).sum(axis=1)
+        before_R = rows_RE.sum(axis=0).reshape(num_ranks, -1).sum(axis=1)
+        skew = before_R.max() / before_R.mean()
         yield BenchCase(
             op="place_replicas",
-            label=f"R={num_ranks} E={num_experts} {case.name} {np.max(before) / before.mean():.2f}",
+            label=f"T={num_tokens} R={num_ranks} E={num_experts} {case.name}, max/mean {skew:.2f}",
             call=partial(
                 place_replicas,
                 make_rows(rows_RE).to(torch.device(device)),

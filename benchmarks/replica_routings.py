@@ -81,11 +81,13 @@ def make_rows(rows_RE: IntArray) -> Tensor:
     return rows_RW
 
 
-def routed_ids(rows_E: IntArray, num_tokens: int, seed: int = 0) -> Tensor:
-    """Ids int64 [T, K] in which each expert has its rows, in random order, on the host.
+def routed_ids(case: RoutingCase, num_tokens: int, seed: int = 0) -> Tensor:
+    """Distinct ids of each token, drawn by the weights of the experts, int64 [T, K] on the host.
 
-    An expert may stand twice in a token, as no router does but as hot an expert demands.
+    No expert can have more than a row a token, so what would be more goes to the next ones.
     """
-    flat = np.repeat(np.arange(len(rows_E)), rows_E)
-    np.random.default_rng(seed).shuffle(flat)
-    return torch.from_numpy(flat.reshape(num_tokens, TOPK))
+    rng = np.random.default_rng(seed)
+    noise_TE = rng.gumbel(size=(num_tokens, case.num_experts))
+    score_TE = noise_TE + np.log(np.maximum(weights(case, seed), 1e-12))
+    best_TK = np.argpartition(-score_TE, TOPK, axis=1)[:, :TOPK]
+    return torch.from_numpy(best_TK)

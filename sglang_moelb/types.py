@@ -96,6 +96,18 @@ class Rule(IntEnum):
     MACS = 1
 
 
+class Form(IntEnum):
+    """What of an overloaded rank runs at low precision.
+
+    RANK: all its experts (ReaLB). EXPERTS: those above the mean of an expert. FEWEST: as few as
+    bring the rank's predicted time to the mean. The last two are ours.
+    """
+
+    RANK = 0
+    EXPERTS = 1
+    FEWEST = 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """What every rank does in one pass. Made by the controller, agreed by all ranks.

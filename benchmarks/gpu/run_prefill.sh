@@ -3,7 +3,8 @@
 # server after the other, with large passes (16,384 tokens a rank) and small ones (1,024). Needs
 # SGLang, DeepEP and DeepGEMM importable.
 #   NUM_GPUS=4 OUT=results bash benchmarks/gpu/run_prefill.sh
-# SERVERS names which to run, in order. PARTS=1 also times our own functions in each pass.
+# SERVERS names which to run, in order. PARTS=1 also times our own functions in each pass. What the
+# trace costs: SERVERS="observe-large-a traced-large observe-large-b"; TRACE_TOKENS=0 without tokens.
 set -euo pipefail
 num_gpus=${NUM_GPUS:-4} out=${OUT:-results} repeats=${REPEATS:-4} port=${PORT:-31000}
 servers=${SERVERS:-stock-large-a moelb-large stock-large-b stock-small-a moelb-small stock-small-b}
@@ -72,6 +73,10 @@ for label in $servers; do
     moelb-large) flags=(--moelb-mode observe)
       modes=${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25} ;;
     moelb-small) flags=(--moelb-mode observe) modes=${SMALL_MODES:-none,observe,drop@1.0} ;;
+    observe-*) flags=(--moelb-mode observe) modes=observe ;;
+    traced-*) modes=observe
+      flags=(--moelb-mode observe --moelb-trace "$out/trace-$label"
+        --moelb-trace-tokens "${TRACE_TOKENS:-16}") ;;
   esac
   case $label in
     *-large*) serve "$label" 65536 "${flags[@]}"
@@ -82,7 +87,7 @@ for label in $servers; do
     *) echo "SERVERS: unknown server $label" >&2; exit 2 ;;
   esac
   case $label in
-    moelb-*) curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
+    moelb-* | traced-*) curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
   esac
   stop
 done

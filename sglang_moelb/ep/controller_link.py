@@ -99,8 +99,7 @@ class ControllerLink:
         self._policy = ready.policy
         self._totals = ready.totals
         self._answer: Answer | None = None
-        self._verdict = UNCHANGED
-        self._heat = UNCHANGED
+        self._verdict = self._heat = UNCHANGED
         self._trace_state = "running" if trace else "off"
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""

@@ -16,6 +16,9 @@ import torch
 from sglang_moelb.ep.exchange import Exchange, SymmetricExchange
 from sglang_moelb.kernels.count_experts import count_layers
 from sglang_moelb.kernels.row_layout import row_width
+from sglang_moelb.types import Topology
+
+NUM_WARM_UP_ROWS = 16
 
 
 def observe(
@@ -44,3 +47,13 @@ def observe(
         exchange.offer(rows_LW.view(-1))
         return None
     return exchange.gather(rows_LW.view(-1)).view(-1, num_layers, width)
+
+
+def warm_up(topology: Topology, device: torch.device) -> None:
+    """Compile what `observe` launches on CUDA, which the first prefill would else wait for."""
+    if device.type != "cuda":
+        return
+    flags_T = torch.zeros(NUM_WARM_UP_ROWS, dtype=torch.uint8, device=device)
+    for dtype in (torch.int32, torch.int64):
+        ids_LTK = torch.zeros(1, NUM_WARM_UP_ROWS, topology.topk, dtype=dtype, device=device)
+        count_layers(ids_LTK, flags_T, num_experts=topology.num_experts)

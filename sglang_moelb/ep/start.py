@@ -14,6 +14,7 @@ from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
+from sglang_moelb.ep.observe import warm_up
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
@@ -43,6 +44,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     group = parallel.moe_ep_group
     one_host = model_runner.server_args.nnodes == 1
     tokens = token_trace_of(seat, config)
+    warm_up(seat.topology, seat.device)
     controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
     runtime = Runtime(
         seat,

@@ -15,6 +15,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from sglang_moelb.kernels.scale_layout import ScaleLayout, to_layout, to_row_major
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Half-way points between neighbours; a tie goes to the even code.
 E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -59,28 +61,37 @@ class BlockScaled:
     `codes` uint8 (..., K / codes_per_byte); `scales` uint8 (..., K / B), e8m0 bits (byte b is
     2**(b - 127), 255 NaN) or for NVFP4 e4m3 bits; `globals` float32, one for each entry of the
     first axis (an expert of weights, a row of activations), None where the format has none.
+    `layout` is that of `scales`, whose shape and dtype are `scale_layout.to_layout`'s.
     """
 
     format: BlockFormat
     codes: Tensor
     scales: Tensor
     globals: Tensor | None = None
+    layout: ScaleLayout = ScaleLayout.ROW_MAJOR
 
 
 def empty_block_scaled(
-    shape: tuple[int, ...], block_format: BlockFormat, device: torch.device | str
+    shape: tuple[int, ...],
+    block_format: BlockFormat,
+    device: torch.device | str,
+    layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
 ) -> BlockScaled:
-    """Room for a tensor of `shape`, zero: as a staging slot. `globals` are 1.
+    """Room for a tensor of `shape`, zero, padding too: a staging slot. `globals` are 1.
 
     Raises:
         ValueError: the last axis is no multiple of the block.
     """
     check_width(shape[-1], block_format)
-    codes = torch.zeros(*shape[:-1], shape[-1] // block_format.codes_per_byte, dtype=torch.uint8)
-    scales = torch.zeros(*shape[:-1], shape[-1] // block_format.block_size, dtype=torch.uint8)
-    ones = torch.ones(shape[0], device=device) if block_format.has_global else None
+    rows, width = shape[:-1], shape[-1]
+    codes_shape = (*rows, width // block_format.codes_per_byte)
+    scales = torch.zeros(*rows, width // block_format.block_size, dtype=torch.uint8, device=device)
     return BlockScaled(
-        format=block_format, codes=codes.to(device), scales=scales.to(device), globals=ones
+        format=block_format,
+        codes=torch.zeros(codes_shape, dtype=torch.uint8, device=device),
+        scales=to_layout(scales, layout),
+        globals=torch.ones(shape[0], device=device) if block_format.has_global else None,
+        layout=layout,
     )
 
 
@@ -150,7 +161,9 @@ def global_scales(x: Tensor, *, per_tensor: bool = False) -> Tensor:
     amax = amax.where(amax.isfinite(), 0).flatten(1).amax(1) if x.numel() else x.new_zeros(len(x))
     if per_tensor and len(amax):
         amax = amax.amax().expand_as(amax)
-    return (amax.float() / (E4M3_MAX * E2M1_MAX)).where(amax > 0, 1.0).contiguous()
+    amax = amax.float()
+    largest = amax.new_full((), E4M3_MAX * E2M1_MAX)  # torch divides by a number less exactly
+    return (amax / largest).where(amax > 0, 1.0).contiguous()
 
 
 def block_scales(amax: Tensor, globals_: Tensor | None, block_format: BlockFormat) -> Tensor:
@@ -203,7 +216,9 @@ def dequantise(x: BlockScaled) -> Tensor:
     """float32 values of `x`: element times scale, exact, then times `globals` where it has them."""
     is_nvfp4, is_fp8 = x.format.has_global, x.format is BlockFormat.MXFP8
     elements = e4m3_values(x.codes) if is_fp8 else e2m1_values(unpack_pairs(x.codes))
-    scales = e4m3_values(x.scales) if is_nvfp4 else e8m0_values(x.scales)
+    num_scales = elements.shape[-1] // x.format.block_size
+    stored = to_row_major(x.scales, x.layout, elements.shape[-2], num_scales)
+    scales = e4m3_values(stored) if is_nvfp4 else e8m0_values(stored)
     values: Tensor = elements.unflatten(-1, (-1, x.format.block_size)) * scales[..., None]
     if x.globals is not None:
         values = values * x.globals.view(-1, *[1] * (values.dim() - 1))
@@ -214,7 +229,7 @@ def fake_quantise_fp4(weights: Tensor, block_format: BlockFormat) -> Tensor:
     """Weights (E, ..., K) to `block_format` and back to their dtype, for FP4 by emulation.
 
     In bfloat16 the MX formats come back exactly; NVFP4's product with `globals` is rounded to 8
-    bits, which adds at most 2**-9 relative. Runs wherever `weights` are, expert by expert, so that
+    bits, which adds at most 2**-8 relative. Runs wherever `weights` are, expert by expert, so that
     a layer takes no float32 copy.
     """
     result = torch.empty_like(weights)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sglang_moelb.kernels.block_format import BlockFormat
+from sglang_moelb.kernels.scale_layout import ScaleLayout
 
 Capability = tuple[int, int]
 
@@ -36,27 +37,18 @@ class Proof(Enum):
     READ = "the library's source accepts it; numerics run by emulation elsewhere"
 
 
-class ScaleLayout(Enum):
-    """How a GEMM reads block scales, see `scale_layout`."""
-
-    FLOAT32_BLOCKS = "float32, one for 128x128 weights"
-    ROW_MAJOR = "row-major bytes"
-    SWIZZLED = "swizzle_128x4"
-    MN_MAJOR = "pack_mn_major"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LowPrecision:
     """One way to run experts below bfloat16, with the reason for its place in the order.
 
     `rows` and `weights` are values of `BlockFormat`, FP8_BLOCKS (e4m3, float32 scales: a row's 128
-    features, 128x128 of weights) or "bfloat16".
+    features, 128x128 of weights) or "bfloat16". `layout` is that of block scales, or None.
     """
 
     rows: str
     weights: str
     gemm: Gemm
-    layout: ScaleLayout
+    layout: ScaleLayout | None
     proof: Proof
     reason: str
 
@@ -65,7 +57,7 @@ FP8_HOPPER = LowPrecision(
     rows=FP8_BLOCKS,
     weights=FP8_BLOCKS,
     gemm=Gemm.DEEP_GEMM_FP8,
-    layout=ScaleLayout.FLOAT32_BLOCKS,
+    layout=None,
     proof=Proof.RUN,
     reason="Hopper's tensor cores multiply e4m3 at twice bfloat16's rate and have no FP4",
 )
@@ -81,7 +73,7 @@ NVFP4_BLACKWELL = LowPrecision(
     rows=BlockFormat.NVFP4.value,
     weights=BlockFormat.NVFP4.value,
     gemm=Gemm.FLASHINFER_FP4,
-    layout=ScaleLayout.SWIZZLED,
+    layout=ScaleLayout.SWIZZLED_128X4,
     proof=Proof.READ,
     reason="four bits on both sides, ReaLB's format; `globals` have to multiply its output's rows",
 )
@@ -131,7 +123,7 @@ def _emulation(capability: Capability | None, *, has_deep_gemm: bool) -> LowPrec
         rows="bfloat16",
         weights="bfloat16",
         gemm=Gemm.EMULATION,
-        layout=ScaleLayout.ROW_MAJOR,
+        layout=None,
         proof=Proof.RUN,
         reason=reason,
     )

@@ -11,6 +11,7 @@ from sglang_moelb.replay import exact, lossy
 from sglang_moelb.replay.controlled import Auto
 from sglang_moelb.replay.cost import Machine
 from sglang_moelb.replay.history import Eplb
+from sglang_moelb.replay.replicas import replicate
 from sglang_moelb.replay.types import ReplayError, Rule
 from sglang_moelb.types import Lever, Topology
 
@@ -63,6 +64,11 @@ ARMS: dict[str, Arm] = {
         title="our expand (fill), device level, all ranks",
         exact=False,
         make=lambda o: partial(lossy.capacity, lever=Lever.EXPAND, factor=o.factor),
+    ),
+    "replicate": Arm(
+        title="our real-time replicas",
+        exact=True,
+        make=lambda o: partial(replicate, min_rows=o.min_rows, num_slots=o.num_slots),
     ),
     "eplb": Arm(title="EPLB, by past passes", exact=True, make=_eplb),
     "llep": Arm(

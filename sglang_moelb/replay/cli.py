@@ -56,9 +56,9 @@ def replay(
     eplb_interval: Annotated[int, typer.Option(min=1, help="Passes between its placements.")] = 100,
     eplb_redundant: Annotated[int, typer.Option(min=0, help="Its redundant experts.")] = 8,
     min_rows: Annotated[
-        int, typer.Option(min=1, help="Fewest rows of a copy, of LLEP and UltraEP.")
+        int, typer.Option(min=1, help="Fewest rows of a copy (replicate, LLEP, UltraEP).")
     ] = 1024,
-    slots: Annotated[int, typer.Option(min=0, help="Replica slots of a rank, of UltraEP.")] = 2,
+    slots: Annotated[int, typer.Option(min=0, help="Slots of a rank (replicate, UltraEP).")] = 2,
     machine: Annotated[
         str | None,
         typer.Option(help="Constants of the cost model, file or JSON.", show_default="4 H100"),

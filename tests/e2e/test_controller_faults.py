@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import Serve, Server
 from .talk import SHORT, TEXT, call, change, observed, say, status, until
-from .test_metrics import scrape, value
+from .test_metrics import scrape
 
 pytestmark = pytest.mark.e2e
 
@@ -29,7 +29,8 @@ def send(server: Server, number: int) -> None:
 
 
 def up(server: Server) -> float:
-    return value(scrape(server), "moelb_controller_up")
+    samples = scrape(server)["moelb_controller_state"].samples
+    return sum(s.value for s in samples if s.labels["state"] == "running")
 
 
 @pytest.mark.parametrize("how", ["fault", "signal"])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sglang_moelb.config import TRACE_VARIABLE, Config
-from sglang_moelb.ep import start
+from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.start import _controller
 from sglang_moelb.ep.token_trace import token_trace_of
 from sglang_moelb.trace.types import PASSES, TOKENS
 
@@ -29,9 +30,13 @@ def seat(rank: int = 0) -> Seat:
     )
 
 
+def trace_passes(seat: Seat, config: Config) -> None:
+    """Begin as the leader does, which must not get far."""
+    _controller(seat, config, None).stop()
+
+
 def test_without_the_flags_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRACE_VARIABLE, raising=False)
-    assert start._trace(seat(), Config()) is None
     assert token_trace_of(seat(), Config()) is None
 
 
@@ -46,6 +51,11 @@ def test_every_rank_traces_tokens_into_its_own_file(
         assert (tmp_path / TOKENS.file_name(rank, 0)).is_file()
 
 
+@pytest.fixture(autouse=True)
+def _no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Metrics, "if_enabled", lambda: None)
+
+
 @pytest.mark.parametrize("contents", [PASSES, TOKENS], ids=lambda contents: contents.what)
 def test_a_folder_of_another_server_is_refused_and_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: object
@@ -53,14 +63,14 @@ def test_a_folder_of_another_server_is_refused_and_left_as_it_is(
     monkeypatch.setenv(TRACE_VARIABLE, f"16:{tmp_path}")
     taken = tmp_path / contents.file_name(0, 0)  # type: ignore[attr-defined]
     taken.write_bytes(b"of another server")
-    start_it = start._trace if contents is PASSES else token_trace_of
+    start_it = trace_passes if contents is PASSES else token_trace_of
     flag = "--moelb-trace" if contents is PASSES else "--moelb-trace-tokens"
     with pytest.raises(SystemExit, match=rf"{flag}: trace folder .*a folder of its own"):
         start_it(seat(), Config())
     assert taken.read_bytes() == b"of another server"
 
 
-@pytest.mark.parametrize("start_it", [start._trace, token_trace_of])
+@pytest.mark.parametrize("start_it", [trace_passes, token_trace_of])
 def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_it: object
 ) -> None:

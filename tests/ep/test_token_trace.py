@@ -60,7 +60,7 @@ class World:
         for seam in SEAMS:
             points.num_passed[seam.name] += 1
         self.runtime = Runtime(
-            seat, START, Agreeing(), Mirroring(), self.clock, None, self.trace  # type: ignore[arg-type]
+            seat, START, Agreeing(), Mirroring(), self.clock, self.trace  # type: ignore[arg-type]
         )
 
     def _trace(self, every: int) -> TokenTrace:

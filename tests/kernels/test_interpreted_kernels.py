@@ -12,7 +12,22 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-OPS = ("count_experts", "plan_cuts", "cut_tokens", "widen_candidates", "token_amounts")
+OPS = (
+    "count_experts",
+    "plan_cuts",
+    "cut_tokens",
+    "widen_candidates",
+    "token_amounts",
+    "place_replicas",
+    "reroute",
+    "pull_experts",
+    "convert_fp4",
+    "quantise_rows_fp4",
+    "grouped_fp4",
+    "plan_downgrade",
+    "convert_fp8",
+    "quantise_rows",
+)
 
 
 @pytest.mark.skipif(

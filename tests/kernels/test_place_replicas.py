@@ -68,7 +68,7 @@ def test_the_worked_example_of_the_docstring(place_replicas: Callable) -> None:
 
 
 @pytest.mark.parametrize("costs", COSTS)
-@pytest.mark.parametrize("skew", [1.0, 1.5, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("skew", [1.0, 2.0, 4.0])
 def test_rank_skews_at_ep_4(place_replicas: Callable, skew: float, costs: CopyCosts) -> None:
     assert_same(place_replicas, rank_skewed(4, 128, skew, seed=1), 8, costs)
 
@@ -86,7 +86,7 @@ def test_larger_groups_of_ranks(
         assert_same(place_replicas, rows_RE, num_slots, COSTS[1])
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_small_cases_with_sizes_that_are_no_powers_of_2(
     place_replicas: Callable, seed: int
 ) -> None:

@@ -55,7 +55,7 @@ class Recent:
 
     def add(self, record: StepRecord, ledger: Ledger) -> None:
         """After the ledger has counted the pass."""
-        self.rows.append(ledger.recent()[-1])
+        self.rows.append(ledger.newest())
         self.shown.add(record)
 
 
@@ -93,7 +93,7 @@ def status(
         ledger.add(record, _effects(policy))
         recent.add(record, ledger)
     if state in ("dead", "hung"):
-        policy = Policy(epoch=policy.epoch, reason=f"controller thread is {state}: RuntimeError: x")
+        policy = Policy(epoch=policy.epoch, reason=f"controller process is {state}: RuntimeError")
     return {
         "active": True,
         "form": "hook",

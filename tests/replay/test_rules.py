@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_moelb.replay import exact, lossy
 from sglang_moelb.replay.history import Eplb, place, spread
+from sglang_moelb.replay.replicas import replicate
 from sglang_moelb.replay.types import Counts, Rule
 from sglang_moelb.types import Level, Lever
 from tests.replay import scalar
@@ -33,6 +34,7 @@ EXACT: list[Rule] = [
     exact.ideal,
     partial(exact.llep, min_rows=10),
     partial(exact.ultraep, min_rows=10),
+    partial(replicate, min_rows=10),
     Eplb(window=1, interval=1, num_redundant=2),
 ]
 
@@ -51,7 +53,7 @@ def test_exact_rules_lose_and_add_no_row(
     assert (after_PLR >= 0).all()
 
 
-@pytest.mark.parametrize("rule", EXACT[:4])
+@pytest.mark.parametrize("rule", EXACT[:5])
 @given(LOADS)
 @settings(max_examples=40)
 def test_per_pass_exact_rules_never_raise_the_peak(
@@ -230,3 +232,11 @@ def test_realb_downgrades_hot_ranks_of_vision_in_large_batches() -> None:
     small = layer([100, 10], num_ranks=2, vision=0.8, num_tokens=100)
     low = [lossy.realb(seen).low_PLR for seen in (hot_vision, hot_text, small)]
     assert [one[0, 0].tolist() for one in low if one is not None] == [[1, 0], [0, 0], [0, 0]]
+
+
+def test_replicas_reach_what_the_planner_plans_for_every_layer_of_every_pass() -> None:
+    seen = counts([[[90, 10, 0, 0], [25, 25, 25, 25]], [[0, 0, 1, 99], [0, 0, 0, 0]]], num_ranks=2)
+    after_PLR = replicate(seen, min_rows=1, num_slots=1).rows_PLR
+    assert after_PLR.tolist() == [[[50, 50], [50, 50]], [[50, 50], [0, 0]]]
+    assert (replicate(seen, min_rows=1, num_slots=0).rows_PLR == seen.rows_PLR).all()
+    assert (replicate(seen, min_rows=60, num_slots=1).rows_PLR.max(axis=2) <= 100).all()

@@ -32,15 +32,15 @@ def convert_fp4(
     Args:
         weights: one or two contiguous bfloat16 tensors (E, N, K), K a multiple of the block.
         wanted_E: int32, 0 leaves the expert's codes and scales as they are.
-        out: slots of the same shapes, `empty_block_scaled`; scales row-major (`scale_layout` has
-            the layouts of other libraries).
+        out: slots of the same shapes, `empty_block_scaled`, all in one layout of scales. Padding
+            of the scales is not written.
         num_programs: how many programs share the work, to leave multiprocessors to others; 0 takes
             one for each tile.
 
     Runs in stream order, may be captured, no host sync. Equal, bit by bit, on host and device.
 
     Raises:
-        ValueError: a tensor has no slot of its shape, or the formats differ or are none of FP4.
+        ValueError: a tensor has no slot of its shape; formats or layouts differ, or are not FP4's.
     """
     ref.check(weights, wanted_E, out)
     if weights[0].is_cuda:

@@ -2,8 +2,8 @@
 
 Blocks of one expert follow each other in memory, whatever N and K are, so a program takes a run of
 blocks of one expert and tensor. It reads two elements as one 32-bit word: half of them sit in the
-low bits, as their codes will. Rounding is integer arithmetic, because Hopper cannot convert to
-e2m1.
+low bits, as their codes will. Rounding is left to a float32 sum (`e2m1_codes`), because Hopper
+cannot convert to e2m1.
 
 Example: MXFP4, one block of 32 that begins 1, -2.6, 0.3, -0.1 and is else 0:
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import block_format
 from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled
+from sglang_moelb.kernels.scale_layout import ScaleLayout, stored_bytes
 
 TILE_WORDS = 4096
 
@@ -30,38 +31,40 @@ FLOAT32_MAX = tl.constexpr(block_format.FLOAT32_MAX)
 SIXTH = tl.constexpr(block_format.SIXTH)
 E8M0_NAN = tl.constexpr(block_format.E8M0_NAN)
 E4M3_NAN = tl.constexpr(block_format.E4M3_NAN)
-NOT_FINITE = tl.constexpr(0x7F80)  # bfloat16 bits of inf; those of NaN are larger
+NOT_FINITE = tl.constexpr(0x7F800000)  # float32 bits of inf; those of NaN are larger
 NVFP4 = tl.constexpr(BlockFormat.NVFP4.value)
 MXFP4_CEIL = tl.constexpr(BlockFormat.MXFP4_CEIL.value)
 MXFP8 = tl.constexpr(BlockFormat.MXFP8.value)
-# A float32 sum with one of these rounds to multiples of 1/2 and of 2**-9: the steps of the smallest
-# e2m1 and e4m3 values. The low bits of the sum are then the code.
-ROUND_TO_HALVES = tl.constexpr(float(1 << 22))
-ROUND_TO_E4M3 = tl.constexpr(float(1 << 14))
+SWIZZLED_128X4 = tl.constexpr(ScaleLayout.SWIZZLED_128X4.value)
+MN_MAJOR = tl.constexpr(ScaleLayout.MN_MAJOR.value)
+TWO_TO_MINUS_22 = tl.constexpr(2.0**-22)
+TWO_TO_MINUS_20 = tl.constexpr(2.0**-20)
 E4M3_TO_FLOAT32 = tl.constexpr(float(1 << 120))  # between the biases of their exponents
 
 
 @triton.jit
-def e2m1_codes(x):
-    """int32 codes 0..15 of float32 values."""
-    magnitude = tl.minimum(tl.abs(x), 6.0)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    small = (magnitude + ROUND_TO_HALVES).to(tl.int32, bitcast=True) & 7
-    # One bit of mantissa is kept, so codes count from bits 252 of exponent and mantissa.
-    large = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    return tl.where(magnitude < 1.0, small, large) | sign
+def e2m1_codes(magnitude):
+    """int32 whose low 4 bits are the codes 0..7 of float32 magnitudes up to 6; others are not.
+
+    Two codes make an octave, above 1; below, the steps of the first octave go on. Added to the
+    power of two that begins its octave, 2**-22 of a magnitude is rounded to those steps, which are
+    then counted in the low bits; the exponent counts the octaves.
+    """
+    octave = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, 127 << 23)
+    stepped = magnitude * TWO_TO_MINUS_22 + octave.to(tl.float32, bitcast=True)
+    bits = stepped.to(tl.int32, bitcast=True)
+    return bits + (bits >> 22) + 2  # minus the bias 127 * 2, modulo 16
 
 
 @triton.jit
 def e4m3_bits(x):
-    """int32 bits of float32 values, saturated at 448."""
+    """int32 bits of float32 values, saturated at 448: as `e2m1_codes`, eight to an octave."""
     magnitude = tl.minimum(tl.abs(x), 448.0)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    small = (magnitude + ROUND_TO_E4M3).to(tl.int32, bitcast=True) & 15
-    large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 128
-    return tl.where(magnitude < 0.015625, small, large) | sign
+    octave = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+    stepped = magnitude * TWO_TO_MINUS_20 + octave.to(tl.float32, bitcast=True)
+    bits = stepped.to(tl.int32, bitcast=True)
+    code = bits + (bits >> 20) + 56  # minus the biases (127 - 7 + 1) * 8, modulo 128
+    return (code & 127) | ((x.to(tl.int32, bitcast=True) >> 24) & 128)
 
 
 @triton.jit
@@ -72,18 +75,27 @@ def e4m3_values(bits):
 
 
 @triton.jit
-def words_amax(words, axis: tl.constexpr):
-    """bfloat16 bits, as int32, of the largest magnitude of words of two elements along an axis.
+def halves(words):
+    """float32 values of the two bfloat16 of 32-bit words: the low and the high."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    return low, (words & -65536).to(tl.float32, bitcast=True)
 
-    Integers order like the magnitudes do, with inf and then NaN above all.
+
+@triton.jit
+def words_amax(words, axis: tl.constexpr):
+    """float32 bits, as int32, of the largest magnitude of words of two elements along an axis.
+
+    Bits order like the magnitudes do, with inf and then NaN above all.
     """
-    return tl.max(tl.maximum(words & 0x7FFF, (words >> 16) & 0x7FFF), axis=axis)
+    low, high = halves(words)
+    pair = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(pair.to(tl.int32, bitcast=True), axis=axis)
 
 
 @triton.jit
 def block_scale(amax_bits, encoder, FORMAT: tl.constexpr):
     """int32 scale byte of blocks and the float32 factor that brings them into range."""
-    amax = (amax_bits << 16).to(tl.float32, bitcast=True)
+    amax = amax_bits.to(tl.float32, bitcast=True)
     is_finite = amax_bits < NOT_FINITE
     if FORMAT == NVFP4:
         amax = tl.where(is_finite, amax, 0.0)
@@ -93,9 +105,9 @@ def block_scale(amax_bits, encoder, FORMAT: tl.constexpr):
         factor = tl.where(amax > 0, factor, 0.0)
         return tl.where(is_finite, byte, E4M3_NAN), factor
     else:
-        exponent = amax_bits >> 7
+        exponent = amax_bits >> 23
         if FORMAT == MXFP4_CEIL:
-            exponent += ((amax_bits & 127) > 64).to(tl.int32)
+            exponent += ((amax_bits & 0x7FFFFF) > 0x400000).to(tl.int32)
         byte = tl.maximum(exponent - (8 if FORMAT == MXFP8 else 2), 0)
         byte = tl.where(is_finite, byte, E8M0_NAN)
         return byte, tl.where(is_finite, (254 - byte) << 23, 0).to(tl.float32, bitcast=True)
@@ -103,14 +115,35 @@ def block_scale(amax_bits, encoder, FORMAT: tl.constexpr):
 
 @triton.jit
 def word_codes(words, factor, amax_bits, FORMAT: tl.constexpr):
-    """Codes of words of two elements, 0 where not finite: e2m1 in 8 bits, or e4m3 in 16."""
-    low = (words << 16).to(tl.float32, bitcast=True) * factor
-    high = (words & -65536).to(tl.float32, bitcast=True) * factor
+    """Codes of words of two elements, 0 where not finite: e2m1 in the low 8 bits, or e4m3 in 16."""
+    low, high = halves(words)
+    low *= factor
+    high *= factor
     if FORMAT == MXFP8:
         codes = e4m3_bits(low) | (e4m3_bits(high) << 8)
     else:
-        codes = e2m1_codes(low) | (e2m1_codes(high) << 4)
+        low_code = e2m1_codes(tl.minimum(tl.abs(low), 6.0))
+        high_code = e2m1_codes(tl.minimum(tl.abs(high), 6.0))
+        # Whole words go on, with whatever is above the 4 bits that count: it is cut off in the end.
+        low_code = (low_code & 7) | ((words >> 12) & -8)
+        high_code = (high_code & 7) | ((words >> 28) & -8)
+        codes = (low_code & 15) | (high_code << 4)
     return tl.where(amax_bits < NOT_FINITE, codes, 0)
+
+
+@triton.jit
+def _scale_offset(block, num_columns, num_rows, LAYOUT: tl.constexpr):
+    """Where in an expert's bytes the scale of a block lies, as `scale_layout` defines it."""
+    row = block // num_columns
+    column = block % num_columns
+    if LAYOUT == SWIZZLED_128X4:
+        tile = (row // 128) * tl.cdiv(num_columns, 4) + column // 4
+        offset = tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + column % 4
+    elif LAYOUT == MN_MAJOR:
+        offset = ((column // 4) * (tl.cdiv(num_rows, 4) * 4) + row) * 4 + column % 4
+    else:
+        offset = block
+    return offset
 
 
 @triton.jit
@@ -122,7 +155,10 @@ def _convert_tile(
     expert,
     tile,
     num_blocks,
+    num_columns,
+    scales_stride,
     FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
@@ -139,7 +175,9 @@ def _convert_tile(
     codes = word_codes(words, factor[:, None], amax_bits[:, None], FORMAT)
     codes_at = codes_ptr + start * BLOCK_WORDS + word
     tl.store(codes_at, codes.to(tl.uint8), mask=inside[:, None])
-    tl.store(scales_ptr + start + block, byte.to(tl.uint8), mask=inside)
+    offset = _scale_offset(block, num_columns, num_blocks // num_columns, LAYOUT)
+    scales_at = scales_ptr + tl.cast(expert, tl.int64) * scales_stride + offset
+    tl.store(scales_at, byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -155,8 +193,13 @@ def _convert(
     wanted_ptr,
     num_experts,
     num_blocks_a,
+    num_columns_a,
+    scales_stride_a,
     num_blocks_b,
+    num_columns_b,
+    scales_stride_b,
     FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
@@ -175,7 +218,10 @@ def _convert(
                     expert,
                     tile,
                     num_blocks_a,
+                    num_columns_a,
+                    scales_stride_a,
                     FORMAT,
+                    LAYOUT,
                     BLOCK_WORDS,
                     TILE_BLOCKS,
                 )
@@ -188,7 +234,10 @@ def _convert(
                     expert,
                     tile - tiles_a,
                     num_blocks_b,
+                    num_columns_b,
+                    scales_stride_b,
                     FORMAT,
+                    LAYOUT,
                     BLOCK_WORDS,
                     TILE_BLOCKS,
                 )
@@ -204,23 +253,28 @@ def convert_fp4(
     """See `sglang_moelb.kernels.convert_fp4`. Runs on the device of its tensors, one launch."""
     block_words = out[0].format.block_size // 2
     tile_blocks = TILE_WORDS // block_words
+    if not weights[0].numel() and not weights[-1].numel():
+        return
     parts: list[Tensor] = []
-    num_blocks = []
+    sizes: list[int] = []
+    tiles = 0
     for tensor, slot in zip(weights, out, strict=True):
+        stored = stored_bytes(slot.scales, slot.layout)
         globals_ = wanted_E if slot.globals is None else slot.globals
-        parts += [tensor.view(torch.int32), slot.codes, slot.scales, globals_]
-        num_blocks.append(tensor[0].numel() // slot.format.block_size if len(tensor) else 0)
+        parts += [tensor.view(torch.int32), slot.codes, stored, globals_]
+        num_columns = tensor.shape[2] // slot.format.block_size
+        sizes += [tensor.shape[1] * num_columns, num_columns, stored.stride(0)]
+        tiles += len(tensor) * triton.cdiv(tensor.shape[1] * num_columns, tile_blocks)
     if len(weights) == 1:
-        parts, num_blocks = parts * 2, [*num_blocks, 0]
-    tiles = len(weights[0]) * sum(triton.cdiv(blocks, tile_blocks) for blocks in num_blocks)
-    if tiles:
-        _convert[(min(tiles, num_programs or tiles),)](
-            *parts,
-            wanted_E,
-            len(weights[0]),
-            *num_blocks,
-            FORMAT=out[0].format.value,
-            BLOCK_WORDS=block_words,
-            TILE_BLOCKS=tile_blocks,
-            num_warps=8,
-        )
+        parts, sizes = parts * 2, [*sizes, 0, 1, 0]
+    _convert[(min(tiles, num_programs or tiles),)](
+        *parts,
+        wanted_E,
+        len(weights[0]),
+        *sizes,
+        FORMAT=out[0].format.value,
+        LAYOUT=out[0].layout.value,
+        BLOCK_WORDS=block_words,
+        TILE_BLOCKS=tile_blocks,
+        num_warps=8,
+    )

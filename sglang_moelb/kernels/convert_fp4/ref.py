@@ -11,6 +11,7 @@ from sglang_moelb.kernels.block_format import (
     check_width,
     quantise_blocks,
 )
+from sglang_moelb.kernels.scale_layout import stored_shape, to_layout
 
 
 def convert_fp4(
@@ -26,7 +27,8 @@ def convert_fp4(
             globals_ = None if slot.globals is None else slot.globals[expert : expert + 1]
             part = tensor[expert : expert + 1]
             codes, scales = quantise_blocks(part, globals_, slot.format)
-            slot.codes[expert], slot.scales[expert] = codes[0], scales[0]
+            slot.codes[expert] = codes[0]
+            slot.scales[expert] = to_layout(scales, slot.layout)[0]
 
 
 def check(weights: tuple[Tensor, ...], wanted_E: Tensor, out: tuple[BlockScaled, ...]) -> None:
@@ -40,6 +42,8 @@ def check(weights: tuple[Tensor, ...], wanted_E: Tensor, out: tuple[BlockScaled,
     if len(formats) > 1 or BlockFormat.MXFP8 in formats:
         names = ", ".join(sorted(one.value for one in formats))
         raise ValueError(f"convert_fp4 writes one FP4 format a call, got {names}")
+    if len({slot.layout for slot in out}) > 1:
+        raise ValueError("convert_fp4 writes one layout of scales a call, got two")
     for tensor, slot in zip(weights, out, strict=True):
         _check_slot(tensor, wanted_E, slot)
 
@@ -52,7 +56,8 @@ def _check_slot(tensor: Tensor, wanted_E: Tensor, slot: BlockScaled) -> None:
             f"{tuple(tensor.shape)} of strides {tensor.stride()}"
         )
     rows, width = tensor.shape[:-1], tensor.shape[-1]
-    expected = ((*rows, width // 2), (*rows, width // slot.format.block_size), rows[:1])
+    scales = stored_shape((*rows, width // slot.format.block_size), slot.layout)
+    expected = ((*rows, width // 2), scales, rows[:1])
     got = (tuple(slot.codes.shape), tuple(slot.scales.shape), tuple(wanted_E.shape))
     if got != expected:
         raise ValueError(

@@ -265,8 +265,8 @@ def launch_options(
     if row_format is not None:
         kind = "e4m3" if row_format is BlockFormat.MXFP8 else "e2m1"
     return {
-        "ROW_FORMAT": row_format.value if row_format else BF16.value,
-        "WEIGHT_FORMAT": weight_format.value,
+        "ROW_FORMAT": _decoded_as(row_format) if row_format else BF16.value,
+        "WEIGHT_FORMAT": _decoded_as(weight_format),
         "ROW_KIND": kind,
         "ROWS_PACK": 2 if decode or kind == "e2m1" else 1,
         "BLOCK_SIZE": weight_format.block_size,
@@ -277,6 +277,11 @@ def launch_options(
         "TILE_K": TILE_K,
         "num_warps": 8,
     }
+
+
+def _decoded_as(block_format: BlockFormat) -> str:
+    """The two MXFP4 differ in how scales are chosen, not in what they mean: one kernel for both."""
+    return (BlockFormat.MXFP4 if block_format is BlockFormat.MXFP4_CEIL else block_format).value
 
 
 def _row_arguments(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled, dequantise
+from sglang_moelb.kernels.scale_layout import ScaleLayout
 
 _OF_MXFP4 = {None, BlockFormat.MXFP8, BlockFormat.MXFP4, BlockFormat.MXFP4_CEIL}
 ROW_FORMATS: dict[BlockFormat, set[BlockFormat | None]] = {
@@ -42,6 +43,8 @@ def check(rows: Tensor | BlockScaled, weights: BlockScaled, groups_T: Tensor) ->
         raise ValueError(f"no GEMM of {name} rows on {weights.format.value} weights")
     if not isinstance(rows, BlockScaled) and rows.dtype != torch.bfloat16:
         raise ValueError(f"rows are bfloat16 or BlockScaled, got {rows.dtype}")
+    if weights.layout is not ScaleLayout.ROW_MAJOR:
+        raise ValueError(f"grouped_fp4 reads row-major scales, got {weights.layout.value}")
     codes = rows.codes if isinstance(rows, BlockScaled) else rows
     width = codes.shape[1] * (of_rows.codes_per_byte if of_rows else 1)
     if 2 * weights.codes.shape[2] != width or groups_T.shape != codes.shape[:1]:

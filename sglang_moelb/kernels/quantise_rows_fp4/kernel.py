@@ -55,7 +55,7 @@ def _quantise(
     encoder = 1.0
     if FORMAT == NVFP4:
         row_bits = tl.max(tl.where(amax_bits < NOT_FINITE, amax_bits, 0), axis=1)
-        row_amax = (row_bits << 16).to(tl.float32, bitcast=True)
+        row_amax = row_bits.to(tl.float32, bitcast=True)
         row_global = tl.where(row_bits > 0, tl.div_rn(row_amax, LARGEST), 1.0)
         tl.store(globals_ptr + row, row_global, mask=row < num_rows)
         encoder = tl.minimum(tl.div_rn(1.0, row_global), FLOAT32_MAX)[:, None]

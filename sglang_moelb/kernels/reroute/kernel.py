@@ -2,8 +2,8 @@
 
 `_prepare` counts the experts of each tile of tokens; further programs of the same launch deal this
 rank's rows to the ranks, as the position at which each rank's part ends, and look up where the
-copies are. In `_apply` a tile adds up the counts of the tiles before it; the rows before a token
-inside the tile are one product of a triangle of ones with the tokens' experts, exact in float32.
+copies are. `_apply` sorts the rows of a tile by expert and place; a row's position is its place in
+the sorted tile, less the rows of lower experts there, plus those of its own in the tiles before.
 
 Example: rank 0 of 2, experts 0 and 1 on rank 0, one slot a rank, a copy of expert 0 in rank 1's;
 rows of expert 0 by source [3, 1], quotas [2, 2]:
@@ -28,8 +28,8 @@ from sglang_moelb.kernels.reroute.ref import check_reroute
 DEAL_ENTRIES = 2048
 COUNT_ENTRIES = 4096
 MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not exercised upstream
-MANY_TOKENS = 8192  # from which tiles of 128 tokens fill the device
-MANY_EXPERTS = 256  # from which positions of 128 tokens would take too much shared memory
+TILE_ROWS = 1024
+MANY_TOKENS = 8192  # below which smaller tiles fill the device better
 
 NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
 NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
@@ -133,32 +133,41 @@ def _prepare(
 
 
 @triton.jit
-def _rows_before(
-    ids_ptr,
-    counts_ptr,
-    tile,
-    token,
-    num_tokens,
-    ids_stride,
-    TOPK: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_EXPERTS: tl.constexpr,
-    TILE_COUNTS: tl.constexpr,
-):
-    """Rows of each expert before each token of a tile, int32 [TILE_TOKENS, TILE_EXPERTS]."""
-    experts = tl.arange(0, TILE_EXPERTS)[None, :]
+def _bit(j: tl.constexpr, BITS: tl.constexpr):
+    """Bit j of the index, as a tensor that broadcasts over a cube of BITS axes of 2."""
+    return tl.reshape(tl.arange(0, 2), [1] * (BITS - 1 - j) + [2] + [1] * j)
+
+
+@triton.jit
+def _sort(keys, BITS: tl.constexpr):
+    """Ascending bitonic sort of 2**BITS keys below 2**30.
+
+    `tl.sort` finds a partner by an exclusive or over pairs, which Triton's interpreter computes in
+    Python number by number; a sum over pairs less the own key is the same and is fast there too.
+    """
+    cube = tl.reshape(keys, [2] * BITS)
+    for stage in tl.static_range(1, BITS + 1):
+        for step in tl.static_range(stage):
+            partner = tl.sum(cube, axis=BITS - stage + step, keep_dims=True) - cube
+            takes_larger = _bit(stage - 1 - step, BITS)
+            if stage < BITS:
+                takes_larger ^= _bit(stage, BITS)
+            larger = tl.maximum(cube, partner)
+            cube = tl.where(takes_larger != 0, larger, tl.minimum(cube, partner))
+    return tl.reshape(cube, [2**BITS])
+
+
+@triton.jit
+def _first_positions(counts_ptr, tile, TILE_EXPERTS: tl.constexpr, TILE_COUNTS: tl.constexpr):
+    """Position of each expert's first row of a tile, less the tile's rows of lower experts."""
+    experts = tl.arange(0, TILE_EXPERTS)
     before = tl.zeros([TILE_EXPERTS], tl.int32)
     for start in range(0, tile, TILE_COUNTS):
         earlier = (start + tl.arange(0, TILE_COUNTS))[:, None]
-        at = counts_ptr + earlier * TILE_EXPERTS + experts
+        at = counts_ptr + earlier * TILE_EXPERTS + experts[None, :]
         before += tl.sum(tl.load(at, mask=earlier < tile, other=0), axis=0)
-    has = tl.zeros([TILE_TOKENS, TILE_EXPERTS], tl.float16)
-    for k in tl.static_range(TOPK):
-        chosen = tl.load(ids_ptr + token * ids_stride + k, mask=token < num_tokens, other=-1)
-        has += (chosen.to(tl.int32)[:, None] == experts).to(tl.float16)
-    line = tl.arange(0, TILE_TOKENS)
-    is_earlier = (line[None, :] < line[:, None]).to(tl.float16)
-    return tl.dot(is_earlier, has).to(tl.int32) + before[None, :]
+    counts = tl.load(counts_ptr + tile * TILE_EXPERTS + experts)
+    return before - (tl.cumsum(counts, axis=0) - counts)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "ids_stride"])
@@ -178,42 +187,35 @@ def _apply(
     TILE_RANKS: tl.constexpr,
     TILE_COUNTS: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    token = tile.to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
-    before = _rows_before(
-        ids_ptr,
-        counts_ptr,
-        tile,
-        token,
-        num_tokens,
-        ids_stride,
-        TOPK,
-        TILE_TOKENS,
-        TILE_EXPERTS,
-        TILE_COUNTS,
-    )
-    column = tl.arange(0, TILE_TOPK)
-    inside = (token < num_tokens)[:, None] & (column < TOPK)[None, :]
-    ids = tl.load(ids_ptr + token[:, None] * ids_stride + column[None, :], mask=inside, other=-1)
-    expert = ids.to(tl.int32)
-    valid = (expert >= 0) & (expert < NUM_EXPERTS)
-    expert = tl.where(valid, expert, 0)
-    position = tl.gather(before, expert, axis=1)
-    # An id that stands twice in a token counts twice.
-    same = expert[:, :, None] == expert[:, None, :]
-    same = same & (valid[:, None, :] & (column[None, :] < column[:, None])[None, :, :])
-    position += tl.sum(same.to(tl.int32), axis=2)
+    place = tl.arange(0, TILE_TOKENS * TILE_TOPK)
+    token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
+    column = place % TILE_TOPK
+    inside = (token < num_tokens) & (column < TOPK)
+    ids = tl.load(ids_ptr + token * ids_stride + column, mask=inside, other=-1)
+    expert = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, TILE_EXPERTS).to(tl.int32)
+    key = _sort(expert * (TILE_TOKENS * TILE_TOPK) + place, ENTRY_BITS)
 
+    expert = key // (TILE_TOKENS * TILE_TOPK)
+    valid = expert < NUM_EXPERTS
+    expert = tl.where(valid, expert, 0)
+    first_positions = _first_positions(counts_ptr, tile, TILE_EXPERTS, TILE_COUNTS)
+    position = place + tl.gather(first_positions, expert, axis=0)
     first = expert * TILE_RANKS
     rank = tl.zeros_like(expert)
     for step in tl.static_range(SEARCH_STEPS):
-        half: tl.constexpr = TILE_RANKS >> (step + 1)
-        end = tl.load(ends_ptr + first + rank + (half - 1), mask=valid, other=0)
-        rank += tl.where(position >= end, half, 0)
+        end_at = ends_ptr + first + rank + ((TILE_RANKS >> (step + 1)) - 1)
+        end = tl.load(end_at, mask=valid, other=0)
+        rank += tl.where(position >= end, TILE_RANKS >> (step + 1), 0)
     physical = tl.load(physical_ptr + first + rank, mask=valid, other=-1)
-    out_at = out_ptr + token[:, None] * TOPK + column[None, :]
-    tl.store(out_at, physical.to(ids.dtype), mask=inside)
+
+    place = key % (TILE_TOKENS * TILE_TOPK)
+    token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
+    column = place % TILE_TOPK
+    inside = (token < num_tokens) & (column < TOPK)
+    tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
 
 
 def reroute(
@@ -230,7 +232,9 @@ def reroute(
     num_experts, num_ranks = quota_ER.shape
     tile_experts = max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts))
     tile_ranks = triton.next_power_of_2(num_ranks)
-    tile_tokens = 128 if num_tokens > MANY_TOKENS and tile_experts < MANY_EXPERTS else 64
+    tile_topk = triton.next_power_of_2(topk)
+    tile_rows = TILE_ROWS if num_tokens > MANY_TOKENS else TILE_ROWS // 2
+    tile_tokens = max(1, tile_rows // tile_topk)
     tile_deal = max(1, min(tile_experts, DEAL_ENTRIES // tile_ranks))
     num_tiles, num_deals = triton.cdiv(num_tokens, tile_tokens), triton.cdiv(num_experts, tile_deal)
     counts = torch.empty(num_tiles * tile_experts, dtype=torch.int32, device=ids_TK.device)
@@ -239,7 +243,7 @@ def reroute(
         "TOPK": topk,
         "NUM_EXPERTS": num_experts,
         "TILE_TOKENS": tile_tokens,
-        "TILE_TOPK": triton.next_power_of_2(topk),
+        "TILE_TOPK": tile_topk,
         "TILE_EXPERTS": tile_experts,
         "TILE_RANKS": tile_ranks,
     }
@@ -273,6 +277,7 @@ def reroute(
         **sizes,
         TILE_COUNTS=max(1, COUNT_ENTRIES // tile_experts),
         SEARCH_STEPS=tile_ranks.bit_length() - 1,
+        ENTRY_BITS=(tile_tokens * tile_topk).bit_length() - 1,
         num_warps=8,
     )
     return out_TK
