@@ -42,7 +42,8 @@ from sglang_moelb.ep.controller_messages import (
     encode,
     from_controller,
 )
-from sglang_moelb.ep.records import ClosedPass, PassLog, Slot
+from sglang_moelb.ep.pin_slots import pin_slots
+from sglang_moelb.ep.records import ClosedPass, PassLog
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import NUM_RECENT
 from sglang_moelb.types import Lever, Policy, Topology
@@ -75,8 +76,8 @@ class ControllerLink:
         self._config = config
         self._shared = SharedCounts.create(topology)
         self._slots = records.slots_of(self._shared)
-        if device.type == "cuda":
-            _register(self._shared, self._slots)
+        if device.type == "cuda" and (problem := pin_slots(self._shared, self._slots)):
+            raise ControllerError(problem)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sglang_moelb.ep.controller_process",
@@ -291,15 +292,6 @@ class ControllerLink:
             self._take_turn(self._tell)
             if (self._outbox or self._told_s) and not self._is_closed:
                 self._left.set()
-
-
-def _register(shared: SharedCounts, slots: list[Slot]) -> None:
-    """Let the device copy into the memory without a host sync. `ControllerError` where it fails."""
-    num_bytes = shared.stats_SR8.nbytes + shared.counts_SRLW.nbytes
-    # The stats of the first slot are where the memory begins.
-    problem = torch.cuda.cudart().cudaHostRegister(slots[0].stats_R8.data_ptr(), num_bytes, 0)
-    if int(problem):
-        raise ControllerError(f"cudaHostRegister of {num_bytes} bytes failed: {problem}")
 
 
 def _how_it_ended(code: int) -> str:

@@ -65,6 +65,19 @@ def test_a_compile_in_the_first_passes_leaves_no_trace() -> None:
     assert SETTLE_PASSES > 4
 
 
+def test_a_stall_of_one_pass_leaves_no_trace() -> None:
+    stalled = steady(SKEWED)
+    stalled[30] = replace(stalled[30], step_ms=8000.0)
+    assert gain(judged(), stalled) == pytest.approx(gain(judged(), steady(SKEWED)), rel=0.01)
+
+
+def test_doing_less_of_a_balanced_load_is_no_gain() -> None:
+    cutting = merge(judged(quality_budget=1.0), {"capacity": {"factor": 0.5}})
+    verdict = after(cutting, steady(BALANCED))
+    assert verdict.lever is Lever.NONE
+    assert score(verdict, Lever.DROP).gain <= 0.0
+
+
 def test_only_the_last_passes_of_the_window_are_scored() -> None:
     settings = merge(judged(), {"verdict": {"window_passes": 64}})
     turned = [*steady(SKEWED, 200), *steady(BALANCED, 150)]

@@ -7,9 +7,10 @@ import ast
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 from sglang_moelb.config import CHOICES, Config, flat
-from sglang_moelb.ep import flags, install, runtime, start
+from sglang_moelb.ep import controller_link, flags, install, runtime, start
 from sglang_moelb.ep.status import NUM_RECENT, Ledger
 from sglang_moelb.metrics.table import METRICS
 from sglang_moelb.types import MODES, READY_MODES, Topology
@@ -67,8 +68,9 @@ def test_every_metric_that_is_named_is_one() -> None:
     assert named <= {metric.name for metric in METRICS}
 
 
-def test_every_field_of_the_status_is_there() -> None:
-    source = ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))
+def fields_of_the_status(module: ModuleType) -> set[str]:
+    """Keys of the largest dictionary in the function `status` of a module, and those set on it."""
+    source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     status = next(
         node
         for node in ast.walk(source)
@@ -78,6 +80,11 @@ def test_every_field_of_the_status_is_there() -> None:
     largest = max(dicts, key=lambda node: len(node.keys))
     names = {key.value for key in largest.keys if isinstance(key, ast.Constant)}
     names |= set(re.findall(r'answer\["(\w+)"\]', ast.unparse(status).replace("'", '"')))
+    return {str(name) for name in names}
+
+
+def test_every_field_of_the_status_is_there() -> None:
+    names = fields_of_the_status(runtime) | fields_of_the_status(controller_link)
     assert set(rows("Status")) == names | {"ranks_answering"}
     assert f"the last {NUM_RECENT} passes" in section("Status")
 
