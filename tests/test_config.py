@@ -17,7 +17,6 @@ from sglang_moelb.config import (
     ConfigError,
     flat,
     from_environment,
-    from_numbers,
     knobs,
     load,
     merge,
@@ -25,13 +24,14 @@ from sglang_moelb.config import (
     policy_of,
     standin_requested,
     to_environment,
-    to_numbers,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
+from sglang_moelb.hot_config import START_KNOBS, from_numbers, to_numbers
 from sglang_moelb.types import (
     MODES,
     READY_MODES,
     Expansion,
+    Form,
     Level,
     Lever,
     Metric,
@@ -54,11 +54,18 @@ KNOBS = {
     "capacity.macs_delta": 1.0,
     "capacity.macs_rho": 0.5,
     "capacity.min_batch_tokens": 2048,
+    "downgrade.factor": 1.0,
+    "downgrade.vision_share": 0.7,
+    "downgrade.form": "rank",
+    "downgrade.format": "fp8",
+    "downgrade.slots": 2,
+    "downgrade.resident_layers": "",
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
     "controller.min_dwell_passes": 4,
     "controller.quality_budget": 0.05,
+    "controller.downgrade_budget": 1.0,
     "controller.quality_window_passes": 256,
     "controller.interval_ms": 100.0,
     "controller.timeout_ms": 100.0,
@@ -88,6 +95,17 @@ trees = st.fixed_dictionaries(
                 "min_batch_tokens": st.integers(0, 2**31 - 1),
             },
         ),
+        "downgrade": st.fixed_dictionaries(
+            {},
+            optional={
+                "factor": factor,
+                "vision_share": share,
+                "form": st.sampled_from(CHOICES["downgrade.form"]),
+                "format": st.sampled_from(CHOICES["downgrade.format"]),
+                "slots": st.integers(0, 2),
+                "resident_layers": st.sampled_from(["", "all", "0", "1,3-5"]),
+            },
+        ),
         "controller": st.fixed_dictionaries(
             {},
             optional={
@@ -96,6 +114,7 @@ trees = st.fixed_dictionaries(
                 "switch_margin": share,
                 "min_dwell_passes": st.integers(1, 65536),
                 "quality_budget": share,
+                "downgrade_budget": share,
                 "quality_window_passes": st.integers(1, 65536),
                 "interval_ms": st.floats(0, 60_000),
                 "timeout_ms": st.floats(1e-3, 1e9),
@@ -116,7 +135,7 @@ def test_the_knobs_and_their_defaults_are_these() -> None:
 @given(trees)
 def test_a_configuration_survives_each_way_it_travels(tree: dict[str, Any]) -> None:
     config = parse(tree)
-    assert from_numbers(to_numbers(config)) == config
+    assert from_numbers(to_numbers(config), config) == config
     assert parse(load(config.to_json())) == config
     assert merge(Config(), tree) == config
     assert merge(config, {}) == config
@@ -124,10 +143,12 @@ def test_a_configuration_survives_each_way_it_travels(tree: dict[str, Any]) -> N
 
 @given(trees)
 def test_what_travels_in_a_state_update_is_plain_numbers(tree: dict[str, Any]) -> None:
-    numbers = to_numbers(parse(tree))
+    config = parse(tree)
+    numbers = to_numbers(config)
+    assert set(numbers) == set(knobs()) - set(START_KNOBS)
     assert all(isinstance(value, int | float) for value in numbers.values())
     again = json.loads(json.dumps({k: v + 0 for k, v in numbers.items()}))
-    assert from_numbers(again) == parse(tree)
+    assert from_numbers(again, config) == config
 
 
 @given(trees)
@@ -139,6 +160,19 @@ def test_every_policy_of_every_configuration_fits_the_agreement(tree: dict[str, 
     assert agreed.capacity_factor > 0
     assert agreed.macs_delta > 0
     assert agreed.capacity_factor == pytest.approx(policy.capacity_factor, abs=1e-6)
+
+
+def test_a_policy_of_downgrade_has_the_knobs_of_downgrade_and_other_levers_their_own() -> None:
+    config = parse(
+        {
+            "capacity": {"factor": 2.0},
+            "downgrade": {"factor": 1.5, "vision_share": 0.5, "form": "fewest"},
+        }
+    )
+    policy = policy_of(config, Lever.DOWNGRADE, epoch=1, reason="")
+    assert (policy.capacity_factor, policy.vision_share) == (1.5, 0.5)
+    assert policy.form is Form.FEWEST
+    assert policy_of(config, Lever.DROP, epoch=1, reason="").capacity_factor == 2.0
 
 
 def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
@@ -173,11 +207,18 @@ BAD: dict[str, list[Any]] = {
     "capacity.macs_delta": [0, -2, 1e9, "x"],
     "capacity.macs_rho": [-0.1, 1.1, "x"],
     "capacity.min_batch_tokens": [-1, 2**31, 2**70, 0.5],
+    "downgrade.factor": [0, -1, 1001, "1", None],
+    "downgrade.vision_share": [-0.1, 1.1, "x"],
+    "downgrade.form": ["row", 0, None],
+    "downgrade.format": ["fp4", 1, None],
+    "downgrade.slots": [-1, 3, 1.5],
+    "downgrade.resident_layers": ["none", "0,", "1-", "-1", 3, None, [1]],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
     "controller.min_dwell_passes": [0, 2**70],
     "controller.quality_budget": [-0.01, 1.01, None],
+    "controller.downgrade_budget": [-0.01, 1.01, None],
     "controller.quality_window_passes": [0, 65537],
     "controller.interval_ms": [-1, 60_001, "often"],
     "controller.timeout_ms": [0, -1, 1e12, "fast"],
@@ -251,6 +292,7 @@ def test_a_mode_without_its_lever_is_refused_by_name(mode: str) -> None:
         {"capacity.min_batch_tokens": 2**70},
         {"capacity.max_extra_experts": 1.5},
         {"unheard.of": 1},
+        {"downgrade.slots": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:

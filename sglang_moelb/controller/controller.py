@@ -14,7 +14,9 @@ from dataclasses import replace
 from sglang_moelb.config import Config, policy_of
 from sglang_moelb.controller import cost, forecast, load
 from sglang_moelb.controller.decide import Standing, decide
+from sglang_moelb.controller.low_cost import LowCost
 from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.controller.quality import LossModel, QualityWindow
 from sglang_moelb.types import (
     Decision,
@@ -43,6 +45,8 @@ class Controller:
         self._standing = Standing()
         self._loss = LossModel()
         self._own = OwnTime()
+        self._low_cost = LowCost()
+        self._cost = cost.fit(())
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
         self._watch(())
@@ -70,6 +74,7 @@ class Controller:
             entered = self._take(record)
             if entered:
                 self._own = self._own.updated(record)
+                self._low_cost = self._low_cost.updated(record, self._topology, self._cost)
             if (entered or record.lost_mass) and self._is_due(observation.now_s):
                 self._estimated_s = observation.now_s
                 self._estimate = self._estimated()
@@ -98,16 +103,20 @@ class Controller:
     def _is_due(self, now_s: float) -> bool:
         """Whether to forecast and decide: the interval is over, or the budget is."""
         limits = self._config.controller
-        lossy = self._policy.lever is not Lever.NONE
-        if lossy and self._quality.spent_share > limits.quality_budget:
+        lever, quality = self._policy.lever, self._quality
+        if lever is Lever.DOWNGRADE and quality.low_share > limits.downgrade_budget:
+            return True
+        if lever is not Lever.NONE and quality.spent_share > limits.quality_budget:
             return True
         return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
 
     def _watch(self, records: Iterable[StepRecord]) -> None:
         num_passes = self._config.controller.window_passes
         self._capacity = policy_of(self._config, Lever.NONE, epoch=0, reason="")
+        downgrade = policy_of(self._config, Lever.DOWNGRADE, epoch=0, reason="")
+        self._downgrade = downgrade if self._config.downgrade.slots else None
         self._loads: deque[load.PassLoad] = deque(maxlen=num_passes)
-        self._projections: deque[tuple[forecast.Projection, ...]] = deque(maxlen=num_passes)
+        self._projections: deque[tuple[Projection, ...]] = deque(maxlen=num_passes)
         for record in records:
             self._take(record)
 
@@ -115,16 +124,21 @@ class Controller:
         """Whether the pass entered the window."""
         if not load.enters(record, min_batch_tokens=self._config.capacity.min_batch_tokens):
             return False
-        one = load.load_of(record, self._topology)
+        one = load.load_of(record, self._topology, self._low_cost)
         self._loads.append(one)
-        self._projections.append(forecast.project(one, self._topology, self._capacity))
+        self._projections.append(self._projected(one))
         dwell_passes = self._standing.dwell_passes + 1
         self._standing = replace(self._standing, dwell_passes=dwell_passes)
         return True
 
+    def _projected(self, one: load.PassLoad) -> tuple[Projection, ...]:
+        return forecast.project(
+            one, self._topology, self._capacity, self._downgrade, self._low_cost
+        )
+
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
-        model = cost.fit(loads)
+        self._cost = model = cost.fit(loads)
         times = cost.step_times(loads, model)
         return LoadEstimate(
             num_passes=len(loads),
@@ -134,6 +148,7 @@ class Controller:
             ms_per_row=model.ms_per_row,
             fixed_ms=model.fixed_ms,
             spent_mass_share=self._quality.spent_share,
+            spent_low_share=self._quality.low_share,
             forecasts=forecast.forecast(
                 loads,
                 self._projections,

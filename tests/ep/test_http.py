@@ -9,8 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_moelb.config import KNOB_PREFIX, Config, flat, from_numbers, merge, to_numbers
+from sglang_moelb.config import Config, flat, merge
 from sglang_moelb.ep.http import DEAD, Routes
+from sglang_moelb.hot_config import (
+    KNOB_PREFIX,
+    START_KNOBS,
+    from_numbers,
+    start_knobs,
+    to_numbers,
+)
 
 pytest.importorskip("sglang.srt.managers.io_struct")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sglang_moelb.config import KNOB_PREFIX, Config, merge, policy_of, to_numbers
+from sglang_moelb.config import Config, merge, policy_of
 from sglang_moelb.ep import points
 from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.modality import Requests, RowWindow
@@ -18,6 +18,7 @@ from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.hot_config import KNOB_PREFIX, to_numbers
 from sglang_moelb.types import Lever, Policy
 
 from .layers import NUM_EXPERTS, TOPK, layer_input, topology
