@@ -1,0 +1,75 @@
+"""Activations from bf16 to fp8 for DeepGEMM's grouped GEMMs, alone or with SiLU-and-multiply.
+
+Shape letters: T rows, H features, N gate and up features (N = 2 * I), I features between the two
+GEMMs, G groups of 128 features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sglang_moelb.kernels.quantise_rows import ref
+
+__all__ = ["quantise_rows", "silu_mul_quantise"]
+
+
+def quantise_rows(
+    x_TH: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows in float8 e4m3 with a scale for every 128 columns.
+
+    Format, and what becomes of NaN and Inf: `sglang_moelb.kernels.fp8`; finite groups equal
+    DeepGEMM's `per_token_cast_to_fp8` without ue8m0, bit for bit.
+
+    Args:
+        x_TH: bfloat16, H a multiple of 128; T may be 0. Rows may be strided.
+        num_rows_valid: int32 with one element, on the device of x: rows from it on are padding, and
+            their results are not defined. None: all rows count.
+        column_major: the scales' memory runs along the rows, each group's column starting at a
+            multiple of 16 bytes, as TMA wants it: DeepGEMM on Hopper takes such scales as they
+            are, and transposes others in a launch of its own. Else it runs along the groups, as
+            SGLang's scatter into the experts' order wants it.
+
+    Returns:
+        q_TH float8_e4m3fn, contiguous, and scale_TG float32. Exact; equal on host and device but
+        for the sign of NaN; no host sync.
+
+    Raises:
+        ValueError: x is not bfloat16, or H is no multiple of 128.
+    """
+    if x_TH.is_cuda:
+        # Imported late, because a host without a CUDA device may lack Triton.
+        from sglang_moelb.kernels.quantise_rows import kernel
+
+        return kernel.quantise_rows(x_TH, num_rows_valid=num_rows_valid, column_major=column_major)
+    return ref.quantise_rows(x_TH, num_rows_valid=num_rows_valid, column_major=column_major)
+
+
+def silu_mul_quantise(
+    gate_up_TN: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What stands between the two GEMMs of an expert: quantise_rows of silu(gate) * up.
+
+    gate is the left half of the columns, up the right one. silu(gate) * up is computed in float32
+    and rounded to bfloat16 before it is quantised, as SGLang's runner does in two launches. Host
+    and device round exp differently, so that one may be the next bfloat16 to the other's.
+
+    Args:
+        gate_up_TN: bfloat16, N a multiple of 256; otherwise as in `quantise_rows`.
+        num_rows_valid, column_major: as in `quantise_rows`.
+
+    Returns:
+        q_TI float8_e4m3fn and scale_TG float32, as in `quantise_rows`. No host sync.
+
+    Raises:
+        ValueError: gate_up is not bfloat16, or N is no multiple of 256.
+    """
+    if gate_up_TN.is_cuda:
+        from sglang_moelb.kernels.quantise_rows import kernel
+
+        return kernel.silu_mul_quantise(
+            gate_up_TN, num_rows_valid=num_rows_valid, column_major=column_major
+        )
+    return ref.silu_mul_quantise(
+        gate_up_TN, num_rows_valid=num_rows_valid, column_major=column_major
+    )
