@@ -66,7 +66,7 @@ class CapacityConfig(_Section, frozen=True):
 class DowngradeConfig(_Section, frozen=True):
     """The lever `downgrade` (ReaLB): which ranks, in which form, and what is allocated for it."""
 
-    factor: Factor = 1.0  # times the mean rows of a rank
+    factor: Annotated[float, msgspec.Meta(ge=1e-6, le=100)] = 1.0  # times the mean rows of a rank
     vision_share: Share = 0.7  # of a rank's rows, above which it may be lowered
     form: Literal["rank", "experts", "fewest"] = "rank"
     # The three below decide what is allocated at start and cannot change while serving.

@@ -98,7 +98,7 @@ trees = st.fixed_dictionaries(
         "downgrade": st.fixed_dictionaries(
             {},
             optional={
-                "factor": factor,
+                "factor": st.floats(1e-6, 100),
                 "vision_share": share,
                 "form": st.sampled_from(CHOICES["downgrade.form"]),
                 "format": st.sampled_from(CHOICES["downgrade.format"]),
@@ -207,7 +207,7 @@ BAD: dict[str, list[Any]] = {
     "capacity.macs_delta": [0, -2, 1e9, "x"],
     "capacity.macs_rho": [-0.1, 1.1, "x"],
     "capacity.min_batch_tokens": [-1, 2**31, 2**70, 0.5],
-    "downgrade.factor": [0, -1, 1001, "1", None],
+    "downgrade.factor": [0, -1, 101, "1", None],
     "downgrade.vision_share": [-0.1, 1.1, "x"],
     "downgrade.form": ["row", 0, None],
     "downgrade.format": ["fp4", 1, None],

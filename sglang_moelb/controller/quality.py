@@ -3,6 +3,8 @@ ran at low precision, which lose no gate mass and have a budget of their own.
 
 Passes are prefill passes of any size: nothing is ever dropped in decode, and its many passes
 would flush the window within seconds. A mass that is not finite is ignored.
+
+Shape letters: L MoE layers, R ranks.
 """
 
 from __future__ import annotations

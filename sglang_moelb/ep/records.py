@@ -18,6 +18,7 @@ from sglang_moelb.controller.plan import kept_amount
 from sglang_moelb.ep.balance import LayerOutcome, group_capacity, num_groups_of
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.exchange import Agreed
+from sglang_moelb.ep.low.plan import LowPlan
 from sglang_moelb.kernels.row_layout import (
     C_CUTTABLE_AMOUNT,
     C_PROTECTED_AMOUNT,
@@ -42,7 +43,7 @@ Marks = dict[str, AnyMark]
 
 @dataclass(slots=True)
 class PassLog:
-    """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
+    """One pass on the hot path; a layer has an outcome or plan where a lever acts, else its ids.
 
     `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, or nothing: see `timed`.
     """
@@ -56,18 +57,20 @@ class PassLog:
     flags_T: torch.Tensor | None  # of the batch's rows, in a prefill pass
     ids_L: list[torch.Tensor] = field(default_factory=list)
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
+    plans_L: list[LowPlan] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
     observing: tuple[AnyMark, AnyMark] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostCopy:
-    """A closed pass, its tensors on the host or on their way; no stats where no lever acted."""
+    """A closed pass, its tensors on the host or on their way; no stats where nothing was cut."""
 
     log: PassLog
     counts_LRW: torch.Tensor
     stats_R8: torch.Tensor | None
     ended: AnyMark
+    low_LE: torch.Tensor | None = None
 
 
 def close(
@@ -77,11 +80,15 @@ def close(
 
     The log lets go of its device tensors.
     """
+    low_LE = torch.stack([plan.low_E for plan in log.plans_L]) if log.plans_L else None
     if device.type == "cuda":
         counts_LRW = _to_pinned(counts_LRW)
         stats_R8 = None if stats_R8 is None else _to_pinned(stats_R8)
-    log.ids_L, log.outcomes_L = [], []
-    return HostCopy(log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device))
+        low_LE = None if low_LE is None else _to_pinned(low_LE)
+    log.ids_L, log.outcomes_L, log.plans_L = [], [], []
+    return HostCopy(
+        log=log, counts_LRW=counts_LRW, stats_R8=stats_R8, ended=mark_on(device), low_LE=low_LE
+    )
 
 
 def rows_by_source(copy: HostCopy, topology: Topology) -> IntArray:
@@ -117,7 +124,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
         rows_LEM=rows_LEM,
         rows_after_LR=_rows_after(counts_LREC, rows_LEM, log, topology),
         routed_mass=stats_8[0] / MASS_ONE
-        if log.lever is not Lever.NONE
+        if copy.stats_R8 is not None
         else mass_per_token * int(counts_LRW[:, :, H_TOKENS].sum()),
         lost_mass=stats_8[1] / MASS_ONE,
         moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
@@ -127,6 +134,7 @@ def build(copy: HostCopy, topology: Topology, rank: int, mass_per_token: float) 
         layer_ms_L=_spans(log, "dispatch", "combined"),
         balance_ms=_balance_ms(log),
         step_ms=log.begun.ms_until(copy.ended),  # type: ignore[arg-type]
+        low_rows_LR=_low_rows(copy, rows_LEM, topology),
     )
 
 
@@ -148,6 +156,13 @@ def _counts(copy: HostCopy, topology: Topology) -> np.ndarray:
     return counts_LRW[:, :, NUM_HEADER:].reshape(
         len(counts_LRW), topology.num_ranks, topology.num_experts, NUM_COUNTS
     )
+
+
+def _low_rows(copy: HostCopy, rows_LEM: IntArray, topology: Topology) -> IntArray | None:
+    """Rows of each rank that ran at low precision, `[L, R]`; None without the lever downgrade."""
+    if copy.low_LE is None:
+        return None
+    return rank_rows(rows_LEM.sum(axis=2) * copy.low_LE.numpy(), topology.num_ranks)
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,7 +195,7 @@ def _rows_after(
 ) -> IntArray:
     """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
     rows_LR = routed_rank_rows(rows_LEM, topology.num_ranks)
-    if log.lever is Lever.NONE:
+    if log.lever in (Lever.NONE, Lever.DOWNGRADE):
         return rows_LR
     policy = log.agreed.policy
     by_source = policy.scope is Scope.SOURCE

@@ -15,13 +15,16 @@ from typing import Any
 import msgspec
 import torch
 
-from sglang_moelb import config as configuration
-from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
+from sglang_moelb import hot_config
+from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.ep import records
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_thread import ControllerThread, Pending
 from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
+from sglang_moelb.ep.low.lever import DowngradeLever
+from sglang_moelb.ep.low.plan import plan_low
+from sglang_moelb.ep.memory import MemoryLedger
 from sglang_moelb.ep.modality import requests_of
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.open_pass import PassOpener
@@ -29,6 +32,7 @@ from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.status import Ledger
+from sglang_moelb.hot_config import KNOB_PREFIX
 from sglang_moelb.types import Lever, StepRecord
 
 logger = logging.getLogger("sglang_moelb")
@@ -46,12 +50,16 @@ class Runtime:
         exchange: Exchange | SymmetricExchange,
         controller: ControllerThread | None,
         ledger: Ledger | None,
+        downgrade: DowngradeLever | None = None,
+        memory: MemoryLedger | None = None,
     ) -> None:
         self._seat = seat
         self._config = config
         self._passes = PassOpener(seat, agreement, controller)
         self._controller = controller
         self._ledger = ledger
+        self._downgrade = downgrade
+        self._memory = memory or MemoryLedger()
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
         self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
@@ -85,28 +93,33 @@ class Runtime:
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
-        outcome = self._balancer.run(
-            LayerInput(
-                layer=layer,
-                ids_TK=topk_output.topk_ids,
-                weights_TK=topk_output.topk_weights,
-                logits_TE=topk_output.router_logits,
-                hidden_TD=hidden_states,
-                flags_T=self._flags_of(log, hidden_states.shape[0]),
-                scoring=self._seat.scoring[layer],
-            ),
-            log.agreed,
-            log.lever,
+        routed = LayerInput(
+            layer=layer,
+            ids_TK=topk_output.topk_ids,
+            weights_TK=topk_output.topk_weights,
+            logits_TE=topk_output.router_logits,
+            hidden_TD=hidden_states,
+            flags_T=self._flags_of(log, hidden_states.shape[0]),
+            scoring=self._seat.scoring[layer],
         )
+        if log.lever is Lever.DOWNGRADE:
+            assert self._downgrade is not None, "the leader's policy needs slots on every rank"
+            plan = plan_low(routed, log.agreed, self._seat.topology, self._exchange)
+            self._downgrade.prepare(layer, plan.low_E)
+            log.plans_L.append(plan)
+            self._mark("balanced")
+            return topk_output
+        outcome = self._balancer.run(routed, log.agreed, log.lever)
         log.outcomes_L.append(outcome)
         self._mark("balanced")
         return topk_output._replace(
             topk_ids=outcome.ids_TC.to(topk_output.topk_ids.dtype), topk_weights=outcome.weights_TC
         )
 
-    def before_experts(self) -> None:
-        """Rows have arrived."""
+    def run_experts(self, layer: Any, dispatch_output: Any) -> Any:
+        """Rows have arrived: run them at low precision, or None to let SGLang run them."""
         self._mark("experts")
+        return self._downgrade.run(layer, dispatch_output) if self._downgrade else None
 
     def after_experts(self) -> None:
         """The grouped GEMM is enqueued."""
@@ -125,6 +138,8 @@ class Runtime:
         if log.agreed.phase == "prefill" and not self._seams_verified:
             verify_passed()
             self._seams_verified = True
+        if self._downgrade:
+            self._downgrade.forget()
         if not log.marks_L:
             return
         counts_LRW, stats_R8 = self._gathered(log)
@@ -142,6 +157,8 @@ class Runtime:
 
         Ends in a collective, so every rank comes here, also without a controller.
         """
+        if log.lever is Lever.DOWNGRADE:
+            return torch.stack([plan.counts_RW for plan in log.plans_L]), None
         if log.lever is not Lever.NONE:
             stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
             stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
@@ -165,7 +182,7 @@ class Runtime:
         seat = self._seat
         record = records.build(copy, seat.topology, seat.rank, self._mass_per_token)
         num_rows = int(record.num_tokens_R.sum()) * seat.topology.num_layers
-        if record.used_lever is not Lever.NONE and num_rows:
+        if copy.stats_R8 is not None and num_rows:
             self._mass_per_token = record.routed_mass / num_rows
         return record
 
@@ -183,8 +200,11 @@ class Runtime:
             "policy": {k: v.name.lower() if hasattr(v, "name") else v for k, v in policy.items()},
             "num_passes": self._passes.num_passes,
             "seams": dict(num_passed),
+            "memory": self._memory.told(),
             "controller": {"state": "off"},
         }
+        if self._downgrade:
+            answer["downgrade"] = self._downgrade.told()
         if self._controller and self._ledger:
             answer["controller"] = self._controller_status()
             answer["totals"] = self._ledger.totals()
@@ -194,15 +214,17 @@ class Runtime:
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:
         """Apply the knobs in a state update, all or none; returns what is not ours.
 
-        The numbers come from `config.to_numbers` in the HTTP process, which has validated them, or
-        from SGLang's own route for state updates, which has not: wrong ones are handed back, and
-        SGLang refuses the update.
+        The numbers come from `hot_config.to_numbers` in the HTTP process, which has validated
+        them, or from SGLang's own route for state updates, which has not: wrong ones are handed
+        back, and SGLang refuses the update.
         """
         ours = {k[len(KNOB_PREFIX) :]: v for k, v in update.items() if k.startswith(KNOB_PREFIX)}
         if ours:
             try:
-                numbers = configuration.to_numbers(self._config) | ours
-                self._config = configuration.from_numbers(numbers)
+                numbers = hot_config.to_numbers(self._config) | ours
+                wanted = hot_config.from_numbers(numbers, self._config)
+                hot_config.refuse_change(self._config, wanted)
+                self._config = wanted
             except ConfigError as error:
                 logger.warning("sglang_moelb: a state update was refused: %s", error)
                 return update

@@ -14,6 +14,7 @@ from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_thread import ControllerThread
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
+from sglang_moelb.ep.low.attach import attach_downgrade
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.runtime import Runtime
@@ -47,6 +48,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     parallel = get_parallel()
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
+    config, downgrade, memory = attach_downgrade(model_runner, config, seat.rank, group)
     controller = ledger = None
     if seat.rank == LEADER:
         # The controller thread computes in Python; the default of 5 ms would let it keep the
@@ -75,6 +77,8 @@ def attach_to(model_runner: Any, config: Config) -> None:
         ),
         controller,
         ledger,
+        downgrade,
+        memory,
     )
     points.attach(runtime)
     logger.info(

@@ -149,7 +149,7 @@ def serve(
     before = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
     runtime.begin_pass(forward_batch(num_tokens, requests))
     after = runtime.before_dispatch(dispatcher, routed.hidden_TD, before)
-    runtime.before_experts()
+    assert runtime.run_experts(None, None) is None
     runtime.after_experts()
     runtime.after_combine()
     runtime.end_pass()
