@@ -12,7 +12,16 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-OPS = ("count_experts", "plan_cuts", "cut_tokens", "widen_candidates", "token_amounts")
+OPS = (
+    "count_experts",
+    "plan_cuts",
+    "cut_tokens",
+    "widen_candidates",
+    "token_amounts",
+    "plan_downgrade",
+    "convert_fp8",
+    "quantise_rows",
+)
 
 
 @pytest.mark.skipif(

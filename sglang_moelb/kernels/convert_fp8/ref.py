@@ -19,7 +19,7 @@ def convert_fp8(
     wanted_E: Tensor,
     num_programs: int | None = None,
 ) -> None:
-    """See `sglang_moelb.kernels.convert_fp8`. Runs wherever its tensors are, in torch's launches."""
+    """See `sglang_moelb.kernels.convert_fp8`. Runs wherever its tensors are."""
     check_weights(weights, out, scales, wanted_E)
     wanted_I = wanted_E.nonzero()[:, 0]
     for weight_ENK, out_ENK, scale_ENK in zip(weights, out, scales, strict=True):
@@ -27,11 +27,11 @@ def convert_fp8(
         _, block_rows, block_columns = scale_ENK.shape
         fill = (0, block_columns * GROUP - num_columns, 0, block_rows * GROUP - num_rows)
         blocks = pad(weight_ENK[wanted_I], fill)
-        blocks = blocks.view(-1, block_rows, GROUP, block_columns, GROUP)
-        values, scale = quantise(blocks, (2, 4))
-        values = values.view(-1, block_rows * GROUP, block_columns * GROUP)
-        out_ENK[wanted_I] = values[:, :num_rows, :num_columns]
-        scale_ENK[wanted_I] = scale.view(-1, block_rows, block_columns)
+        grouped = blocks.view(len(wanted_I), block_rows, GROUP, block_columns, GROUP)
+        values, scale = quantise(grouped, (2, 4))
+        codes = values.view(torch.uint8).view(blocks.shape)  # torch does not index all fp8
+        out_ENK.view(torch.uint8)[wanted_I] = codes[:, :num_rows, :num_columns]
+        scale_ENK[wanted_I] = scale[:, :, 0, :, 0]
 
 
 def check_weights(

@@ -16,7 +16,7 @@ def quantise_rows(
 ) -> tuple[Tensor, Tensor]:
     """See `sglang_moelb.kernels.quantise_rows`. Runs wherever its tensor is."""
     num_rows, num_groups = check_rows(x_TH, GROUP)
-    values, scale = quantise(x_TH.reshape(num_rows, num_groups, GROUP), 2)
+    values, scale = quantise(x_TH.contiguous().view(num_rows, num_groups, GROUP), 2)
     scale_TG = empty_scales(num_rows, num_groups, column_major=column_major, device=x_TH.device)
     return values.view(num_rows, num_groups * GROUP), scale_TG.copy_(scale[..., 0])
 

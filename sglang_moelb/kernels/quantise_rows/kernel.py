@@ -1,0 +1,110 @@
+"""Triton kernels of `quantise_rows` and `silu_mul_quantise`: a program takes 32 rows of one group.
+
+Neighbouring programs take the groups of the same rows, so that memory is read in whole rows.
+
+Example: one group whose largest value is 448 is its own fp8 with the scale 1; one of -4.48 and 0.01
+has the scale 0.01 and the fp8 -448 and 1.
+
+Shape letters: T rows, H features, N gate and up features, I features between GEMMs, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sglang_moelb.kernels import fp8, fp8_device
+from sglang_moelb.kernels.quantise_rows.ref import check_rows, empty_scales
+
+TILE_ROWS = 32
+NUM_WARPS = 4
+
+GROUP = fp8_device.GROUP
+
+
+# Not by values that change with the batch: compiling in a live pass makes the other ranks wait.
+@triton.jit(
+    do_not_specialize=["num_rows", "scale_row_stride", "scale_group_stride"],
+    do_not_specialize_on_alignment=["num_valid_ptr"],
+)
+def _quantise(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    num_valid_ptr,
+    num_rows,
+    x_stride,
+    scale_row_stride,
+    scale_group_stride,
+    NUM_GROUPS: tl.constexpr,
+    HAS_NUM_VALID: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    group = tl.program_id(0) % NUM_GROUPS
+    first_row = tl.program_id(0) // NUM_GROUPS * TILE_ROWS
+    num_valid = num_rows
+    if HAS_NUM_VALID:
+        num_valid = tl.minimum(num_rows, tl.load(num_valid_ptr))
+    if first_row >= num_valid:
+        return
+    row = first_row + tl.arange(0, TILE_ROWS)
+    inside = (row < num_valid)[:, None]
+    column = group * GROUP + tl.arange(0, GROUP)[None, :]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + column
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.load(x_at + NUM_GROUPS * GROUP, mask=inside, other=0.0).to(tl.float32)
+        x = fp8_device.round_to_bf16(x / (1.0 + tl.exp(-x)) * up)
+    scale, inverse = fp8_device.scale_of(tl.max(tl.abs(x), axis=1))
+    q = fp8_device.to_fp8(x * inverse[:, None])
+    q_at = q_ptr + row.to(tl.int64)[:, None] * (NUM_GROUPS * GROUP) + column
+    # 8 values a thread in loads and stores alike: with 16 a load would take half sectors.
+    tl.store(tl.max_contiguous(q_at, [1, 8]), q, mask=inside)
+    scale_at = scale_ptr + row.to(tl.int64) * scale_row_stride + group * scale_group_stride
+    tl.store(scale_at, scale, mask=row < num_valid)
+
+
+def quantise_rows(
+    x_TH: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
+    return _launch(x_TH, num_rows_valid, column_major, is_gated=False)
+
+
+def silu_mul_quantise(
+    gate_up_TN: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
+    return _launch(gate_up_TN, num_rows_valid, column_major, is_gated=True)
+
+
+def _launch(
+    x_TH: Tensor, num_rows_valid: Tensor | None, column_major: bool, *, is_gated: bool
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_groups = check_rows(x_TH, fp8.GROUP * (2 if is_gated else 1))
+    x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    q_TH = torch.empty(
+        num_rows, num_groups * fp8.GROUP, dtype=torch.float8_e4m3fn, device=x_TH.device
+    )
+    scale_TG = empty_scales(num_rows, num_groups, column_major=column_major, device=x_TH.device)
+    num_programs = triton.cdiv(num_rows, TILE_ROWS) * num_groups
+    if num_programs:
+        _quantise[(num_programs,)](
+            x_TH,
+            q_TH,
+            scale_TG,
+            x_TH if num_rows_valid is None else num_rows_valid,
+            num_rows,
+            x_TH.stride(0),
+            scale_TG.stride(0),
+            scale_TG.stride(1),
+            NUM_GROUPS=num_groups,
+            HAS_NUM_VALID=num_rows_valid is not None,
+            IS_GATED=is_gated,
+            TILE_ROWS=TILE_ROWS,
+            num_warps=NUM_WARPS,
+        )
+    return q_TH, scale_TG
