@@ -3,7 +3,8 @@
 Small groups of rows gain nothing from low precision: their GEMM waits for weights, which are
 converted first and then read. So the cost depends on the rows that an expert has.
 
-Shape letters: L MoE layers, R ranks, N layers of a pass that ran at low precision on this rank, B buckets.
+Shape letters: L MoE layers, R ranks, N layers of a pass that ran at low precision on this rank,
+B buckets.
 """
 
 from __future__ import annotations
