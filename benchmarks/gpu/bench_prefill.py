@@ -47,10 +47,13 @@ async def set_mode(session: aiohttp.ClientSession, url: str, mode: str) -> None:
     if mode == "stock":
         return
     name, _, factor = mode.partition("@")
+    name, _, form = name.partition(":")
     change: dict[str, Any] = {"mode": name, "controller": {"quality_budget": 1.0}}
     if factor:
         section = "downgrade" if name == "downgrade" else "capacity"
         change[section] = {"factor": float(factor)}
+    if name == "downgrade":
+        change["downgrade"] = {**change.get("downgrade", {}), "form": form or "rank"}
     async with session.post(f"{url}/moelb/config", json=change) as response:
         if response.status != 200:
             raise SystemExit(f"{url}/moelb/config: {response.status} {await response.text()}")
@@ -162,7 +165,9 @@ def main() -> None:
     parser.add_argument("--label", required=True, help="name of the server in the rows")
     parser.add_argument("--skew-file", required=True)
     parser.add_argument("--skews", default="1,2,3", help="max/mean rank rows to impose")
-    parser.add_argument("--modes", default="stock", help="stock, or modes such as drop@1.25")
+    parser.add_argument(
+        "--modes", default="stock", help="stock, or such as drop@1.25, downgrade:experts@1.0"
+    )
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
     parser.add_argument("--repeats", type=int, default=4)

@@ -77,10 +77,10 @@ for label in $servers; do
   case $label in
     moelb-large) flags=(--moelb-mode observe)
       modes=${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25} ;;
-    downgrade-*) flags=(--moelb-mode downgrade) modes=none,downgrade@1.0 close=1 ;;
+    downgrade-*) flags=(--moelb-mode downgrade) modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
     resident-*)
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}')
-      modes=none,downgrade@1.0 close=1 ;;
+      modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
     fp8-*) flags=(--quantization fp8 --deepep-dispatcher-output-dtype auto) ;;
     moelb-small) flags=(--moelb-mode observe) modes=${SMALL_MODES:-none,observe,drop@1.0} ;;
   esac

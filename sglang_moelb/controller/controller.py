@@ -46,7 +46,7 @@ class Controller:
         self._loss = LossModel()
         self._own = OwnTime()
         self._low_cost = LowCost()
-        self._cost = cost.fit(())
+        self._cost = cost.UNMEASURED
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
         self._watch(())
@@ -138,7 +138,7 @@ class Controller:
 
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
-        self._cost = model = cost.fit(loads)
+        self._cost = model = cost.fit(loads, self._cost)
         times = cost.step_times(loads, model)
         return LoadEstimate(
             num_passes=len(loads),

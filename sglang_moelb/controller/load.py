@@ -35,8 +35,9 @@ class PassLoad:
 
     `num_tokens`, `num_protected_tokens` and `rows_L` are over all ranks; `slowest_rows` the rows
     of the fullest rank, added up over layers, before any lever, and `slowest_rows_run` after the
-    one that acted; `my_rows_L` what this rank's experts received, `my_low_L` where any of it ran at
-    low precision. Rows at low precision count for what they cost. `mean_balance` is over layers.
+    one that acted, where rows at low precision count for what they cost; `my_rows_L` what this
+    rank's experts received, `my_low_L` where any of it ran at low precision. `mean_balance` is over
+    layers.
     """
 
     record: StepRecord
@@ -79,7 +80,7 @@ def load_of(
         record=record,
         rows_LR=rows_LR,
         rows_L=rows_L,
-        my_rows_L=run_LR[:, record.rank],
+        my_rows_L=record.rows_after_LR[:, record.rank].astype(np.float64),
         my_low_L=low_LR[:, record.rank] > 0,
         balance_L=balance_L,
         mean_balance=float(balance_L.sum()) / topology.num_layers,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PRIOR_ROWS = (512.0, 2048.0, 4096.0)
 PRIOR_COST = (1.0, 0.72, 0.66)
 BUCKETS = 24  # a power of two of rows an expert each
-PRIOR_LAYERS = 8.0  # so many measured layers weigh as much as the prior
+PRIOR_LAYERS = 4.0  # so many measured layers weigh as much as the prior
 FORGETTING = 0.98
 OUTLIER = 5.0  # times the time at the model's own precision
 

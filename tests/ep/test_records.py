@@ -223,7 +223,7 @@ def test_the_ledger_sums_masses_and_shows_shares_of_the_last_passes(ranks: Ranks
 
 def test_rows_at_low_precision_are_all_rows_of_the_ranks_that_the_rule_names(ranks: Ranks) -> None:
     policy = replace(POLICY, lever=Lever.DOWNGRADE, capacity_factor=1.0, vision_share=0.3)
-    inputs, results = run_pass(ranks, "no-protected", policy)
+    _, results = run_pass(ranks, "no-protected", policy)
     for record, _ in results:
         assert record.low_rows_LR is not None
         rows_LRM = record.rows_LEM.reshape(2, 4, -1, 2).sum(axis=2)
