@@ -32,7 +32,7 @@ from benchmarks.probe.model import FAST, PLAIN, Probe, Ways
 from benchmarks.probe.pack import measure, write
 from benchmarks.probe.ranks import Ranks
 from benchmarks.probe.tasks import TASKS, make_item
-from sglang_moelb.ab.score import mcnemar, paired_difference, wilson
+from sglang_moelb.ab.score import mcnemar, paired_difference, ratio_interval, wilson
 from sglang_moelb.types import Expansion, Level, Lever, Metric, Policy, Preference, Rule
 
 FACTORS = (0.75, 1.0, 1.25, 1.5, 2.0)
@@ -47,6 +47,7 @@ class Answers:
     right_S: NDArray[np.bool_]
     same_S: NDArray[np.bool_]  # every most likely token is the reference's
     logprob_A: NDArray[np.float64]  # of the right token
+    owner_A: NDArray[np.int64]  # the item of a token
 
 
 def settings() -> Iterator[Policy]:
@@ -92,6 +93,7 @@ def answer(
         right_S=_all_of(best_A == batch.answer_ids_A, batch),
         same_S=_all_of(best_A == reference_A, batch),
         logprob_A=logprob_A.double().cpu().numpy(),
+        owner_A=batch.owner_A.long().cpu().numpy(),
     )
     return answers, best_A
 
@@ -143,6 +145,7 @@ def _row(answers: Sequence[Answers], plain: Sequence[Answers]) -> dict[str, Any]
     logprob, expected = (np.concatenate([a.logprob_A for a in each]) for each in (answers, plain))
     num_items = len(right)
     num_lost, num_won = int((before & ~right).sum()), int((right & ~before).sum())
+    distance, distance_interval = ratio_interval(*_distances(answers, plain))
     return {
         "num_items": num_items,
         "accuracy": float(right.mean()),
@@ -150,9 +153,24 @@ def _row(answers: Sequence[Answers], plain: Sequence[Answers]) -> dict[str, Any]
         "difference": paired_difference(num_lost, num_won, num_items),
         "mcnemar_p": mcnemar(num_lost, num_won),
         "agreement": float(np.concatenate([a.same_S for a in answers]).mean()),
-        "logprob_distance": float(np.abs(logprob - expected).mean()),
+        "logprob_distance": distance,
+        "logprob_distance_interval": distance_interval,
         "logprob_loss": float((expected - logprob).mean()),
     }
+
+
+def _distances(
+    answers: Sequence[Answers], plain: Sequence[Answers]
+) -> tuple[list[float], list[int]]:
+    """Of each item: its tokens' distances of log-probability added up, and how many tokens."""
+    sums: list[float] = []
+    nums: list[int] = []
+    for one, other in zip(answers, plain, strict=True):
+        away_A = np.abs(one.logprob_A - other.logprob_A)
+        num_items = len(one.right_S)
+        sums += np.bincount(one.owner_A, weights=away_A, minlength=num_items).tolist()
+        nums += np.bincount(one.owner_A, minlength=num_items).tolist()
+    return sums, nums
 
 
 def main() -> None:

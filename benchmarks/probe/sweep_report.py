@@ -1,9 +1,11 @@
-"""The sweep as a picture and as a table: quality against the load that each lever leaves.
+"""The sweep as a picture and as tables: quality against the load that each lever leaves.
 
-    python -m benchmarks.probe.sweep_report --sweep sweep.json --out docs/probe-levers.png
+    python -m benchmarks.probe.sweep_report --sweep sweep.json --out docs/probe-levers.png \\
+      --full docs/probe-levers.md
 
-Prints the table in Markdown. Levers are compared at equal remaining load: at an equal capacity
-factor they leave different loads, so a comparison there would favour the one that cuts less.
+Prints the table in Markdown; `--full` writes another one of every setting with its intervals.
+Levers are compared at equal remaining load: at an equal capacity factor they leave different loads,
+so a comparison there would favour the one that cuts less.
 """
 
 from __future__ import annotations
@@ -77,6 +79,39 @@ def table(rows: Rows, loads: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def full_table(rows: Rows) -> str:
+    """Markdown: every setting at every factor with 95 % intervals, by level and load left."""
+    lines = [
+        "# What every setting of the levers cost the probe",
+        "",
+        "Made by `python -m benchmarks.probe.sweep_report`; what was measured, and how, is in",
+        "[probe.md](probe.md). Accuracy in percent, distance of the log-probabilities of the right",
+        "tokens in nats, both with 95 % intervals (Wilson; linearised ratio over items); load of",
+        "the busiest rank, mean = 1, in the mean and the 95th percentile of layers and passes.",
+    ]
+    for level in LEVELS:
+        lines += [
+            "",
+            f"## One capacity for each {level}",
+            "",
+            "| setting | factor | load, mean | load, p95 | gate mass lost, % | accuracy, % "
+            "| distance |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        of_level = [row for row in rows if row.get("level") == level]
+        for row in sorted(of_level, key=lambda row: (row["setting"], row["factor"])):
+            low, high = (100 * end for end in row["accuracy_interval"])
+            near, far = row["logprob_distance_interval"]
+            lines.append(
+                f"| {row['setting'].replace('_', '-')} | {row['factor']:g} "
+                f"| {row['load_mean']:.2f} | {row['load_p95']:.2f} "
+                f"| {100 * row['lost_mass_share']:.1f} "
+                f"| {100 * row['accuracy']:.1f} ({low:.1f} to {high:.1f}) "
+                f"| {row['logprob_distance']:.4f} ({max(near, 0.0):.4f} to {far:.4f}) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def _draw(figure: Figure, rows: Rows, unloaded: float) -> None:
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, level in enumerate(LEVELS):
@@ -89,19 +124,31 @@ def _draw(figure: Figure, rows: Rows, unloaded: float) -> None:
                 [abs(p["accuracy"] - p["accuracy_interval"][end]) for p in points] for end in (0, 1)
             ]
             accuracy.errorbar(loads, [p["accuracy"] for p in points], ends, elinewidth=0.6, **style)
-            values = [max(p["logprob_distance"], SMALLEST_DISTANCE) for p in points]
-            distance.plot(loads, values, marker=".", **style)
+            values, bounds = _distances(points)
+            distance.errorbar(loads, values, bounds, marker=".", elinewidth=0.6, **style)
         accuracy.set_title(f"one capacity for each {level}")
         distance.set_yscale("log")
         for each in (accuracy, distance):
             _mark(each, unloaded)
     axes[0][0].set_ylabel("accuracy, 95 % intervals")
-    axes[1][0].set_ylabel("distance of log-probabilities, 1e-4 or more")
+    axes[1][0].set_ylabel("distance of log-probabilities,\n95 % intervals, 1e-4 or more")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False,
         title="load left on the busiest rank, mean = 1; dotted: without a lever",
     )  # fmt: skip
+
+
+def _distances(points: Rows) -> tuple[list[float], list[list[float]]]:
+    """Distances and how far their intervals reach below and above, cut off where no log reaches."""
+    values = [max(p["logprob_distance"], SMALLEST_DISTANCE) for p in points]
+    ends = [
+        [max(p["logprob_distance_interval"][end], SMALLEST_DISTANCE) for p in points]
+        for end in (0, 1)
+    ]
+    return values, [
+        [abs(value - end) for value, end in zip(values, each, strict=True)] for each in ends
+    ]
 
 
 def _mark(axes: Axes, unloaded: float) -> None:
@@ -114,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sweep", type=Path, required=True, help="what the sweep wrote")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--full", type=Path, help="the Markdown file of all settings to write")
     parser.add_argument("--loads", default="0.75,1,1.25,1.5", help="loads of the table")
     args = parser.parse_args()
     rows = json.loads(args.sweep.read_text())["rows"]
@@ -123,6 +171,8 @@ def main() -> None:
         parser.error(f"--sweep {args.sweep}: no drop without a loss in it; sweep larger factors")
     unloaded = lossless[0]["load_mean"]
     args.out.write_bytes(render(LIGHT, HEIGHT_IN, lambda figure: _draw(figure, rows, unloaded)))
+    if args.full:
+        args.full.write_text(full_table(rows))
     print(table(rows, [float(load) for load in args.loads.split(",")]))
 
 

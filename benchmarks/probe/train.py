@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.probe.attend import Backend
 from benchmarks.probe.export import export
@@ -81,7 +83,8 @@ class Run:
         """True at the end, false when there is more to do; a checkpoint is written either way."""
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._loop()
+            with _bar() as bar:
+                self._loop(bar)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -91,14 +94,16 @@ class Run:
     def _stop(self, *_: object) -> None:
         self.stopped = True
 
-    def _loop(self) -> None:
+    def _loop(self, bar: Progress) -> None:
         fit, settings = self.fit, self.fit.settings
+        share = bar.add_task("training", total=1.0)
         begun = reported = saved = time.monotonic()
         already_s = fit.elapsed_s
         while fit.progress < 1.0 and not self.stopped:
             fit.train_step(self.loader)
             now = time.monotonic()
             fit.elapsed_s = already_s + now - begun
+            bar.update(share, completed=min(1.0, fit.progress))
             if fit.step % settings.interval == 0:
                 self._tell(fit.report(now - reported))
                 reported = now
@@ -133,6 +138,19 @@ class Run:
                 f"{100 * record['device_wait_share']:.0f} %",
                 flush=True,
             )
+
+
+def _bar() -> Progress:
+    """A bar under the lines of the log, on a terminal only."""
+    console = Console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 def finish(fit: Fit, tests: list[dict[str, Any]]) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_moelb.ep.refusal import refuses
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 
 FIRST_MULTIMODAL_ID = 1_000_000
 assert FLAG_VISION == 1, "a comparison is taken as a flag as it is"
-REFUSAL = "moelb_lossy"  # custom_params={"moelb_lossy": false} refuses lossy levers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +101,3 @@ def requests_of(batch: object, num_tokens_of_request: list[int]) -> Requests:
         for request, num in zip(requests, num_tokens_of_request, strict=True)
     )
     return Requests(runs=runs, phase="prefill")
-
-
-def refuses(custom_params: object) -> bool:
-    """Whether a request's `custom_params` refuse lossy levers."""
-    return isinstance(custom_params, dict) and custom_params.get(REFUSAL) is False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_moelb.ep.passed import num_passed
+from sglang_moelb.ep.refusal import check_refusal
 
 if TYPE_CHECKING:
     import argparse
@@ -128,12 +129,16 @@ def take_internal_state(request: Any) -> None:
 
 
 def check_request(request: Any, input_ids: list[int] | None) -> None:
-    """Seam `request`: ValueError for a prompt without tokens, which SGLang answers with 400."""
+    """Seam `request`: ValueError, which SGLang answers with 400, for what cannot be served.
+
+    That is a prompt without tokens, and a refusal of lossy levers that is neither true nor false.
+    """
     num_passed["request"] += 1
     if input_ids is not None and not len(input_ids) and request.input_embeds is None:
         raise ValueError(
             "the prompt has no tokens; send a text, or input_ids, of at least one token"
         )
+    check_refusal((getattr(request, "sampling_params", None) or {}).get("custom_params"))
 
 
 def serve_http(app: Any, tokenizer_manager: Any) -> None:

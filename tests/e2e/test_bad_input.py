@@ -95,6 +95,11 @@ BAD_REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no prompt": (COMPLETE, {"model": "x", "prompt": "", "max_tokens": 2}, "cannot be empty"),
     "no text": (GENERATE, {"text": ""}, "the prompt has no tokens"),
     "no tokens": (GENERATE, {"input_ids": []}, "input_ids cannot be empty"),
+    "no refusal": (
+        GENERATE,
+        {"text": "a", "sampling_params": {"custom_params": {"moelb_lossy": "no"}}},
+        "moelb_lossy is 'no'; use false",
+    ),
     "no input": (GENERATE, {}, "Either text, input_ids or input_embeds should be provided"),
 }
 

@@ -11,10 +11,10 @@ import torch
 from sglang_moelb.ep.modality import (
     Requests,
     RowWindow,
-    refuses,
     requests_of,
     token_flags,
 )
+from sglang_moelb.ep.refusal import refuses
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -268,6 +269,18 @@ def test_a_prompt_without_tokens_is_refused_and_any_other_is_not(ids: list[int])
     points.check_request(SimpleNamespace(input_embeds=[[0.5]]), ids)
     points.check_request(SimpleNamespace(input_embeds=None), None)
     points.check_request(SimpleNamespace(input_embeds=None), [0])
+
+
+@pytest.mark.parametrize("value", ["false", 0, None, []])
+def test_a_refusal_that_is_not_a_boolean_is_refused_itself(value: Any) -> None:
+    def ask(custom_params: Any) -> None:
+        sampling = {"custom_params": custom_params}
+        points.check_request(SimpleNamespace(input_embeds=None, sampling_params=sampling), [0])
+
+    with pytest.raises(ValueError, match="use false to refuse"):
+        ask({"moelb_lossy": value})
+    for right in ({"moelb_lossy": False}, {"moelb_lossy": True}, {"other": value}, {}, None):
+        ask(right)
 
 
 def test_a_row_describes_its_call_and_its_target() -> None:

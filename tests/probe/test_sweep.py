@@ -14,6 +14,7 @@ from benchmarks.probe.model import PLAIN, Probe, draw
 from benchmarks.probe.pack import measure, write
 from benchmarks.probe.sizes import PRESETS
 from benchmarks.probe.sweep import decoding_of, name_of, run, settings
+from benchmarks.probe.sweep_report import at_load, full_table
 from benchmarks.probe.tasks import make_item
 from sglang_moelb.types import Expansion, Level, Lever, Policy, Preference
 
@@ -51,6 +52,8 @@ def test_without_pressure_every_answer_is_the_plain_one(probe: Probe, batches: l
     assert loose["logprob_distance"] < 1e-5
     assert tight["lost_mass_share"] > 0.5
     assert tight["logprob_distance"] > 1e-2
+    low, high = tight["logprob_distance_interval"]
+    assert 0 < low < tight["logprob_distance"] < high
 
 
 def test_no_rank_is_left_with_more_than_its_capacity(probe: Probe, batches: list[Batch]) -> None:
@@ -75,3 +78,20 @@ def test_answers_are_decoded_and_the_last_token_of_a_prompt_is_not(batches: list
 def test_every_setting_has_its_own_name_level_and_factor() -> None:
     names = [(name_of(p), p.level, p.capacity_factor) for p in settings()]
     assert len(set(names)) == len(names) == 2 * 5 * (4 * 3 + 2 + 2)
+
+
+def test_the_full_table_has_a_line_with_intervals_for_every_setting() -> None:
+    row = {
+        "setting": "drop score image_first", "level": "expert", "factor": 0.75, "load_mean": 0.571,
+        "load_p95": 0.672, "lost_mass_share": 0.5532, "accuracy": 0.7825,
+        "accuracy_interval": [0.7640, 0.8000], "logprob_distance": 0.29513,
+        "logprob_distance_interval": [-0.1, 0.31],
+    }  # fmt: skip
+    rows = [{"accuracy": 1.0}, row, row | {"level": "device", "factor": 2.0}]
+    lines = [line for line in full_table(rows).splitlines() if line.startswith("| drop")]
+    cells = "0.57 | 0.67 | 55.3 | 78.2 (76.4 to 80.0) | 0.2951 (0.0000 to 0.3100) |"
+    assert lines == [
+        f"| drop score image-first | 2 | {cells}", f"| drop score image-first | 0.75 | {cells}"
+    ]  # fmt: skip
+    assert at_load([row, row | {"load_mean": 1.571, "accuracy": 0.8825}], "expert",
+                   row["setting"], 1.071, "accuracy") == pytest.approx(0.8325)  # fmt: skip
