@@ -165,12 +165,14 @@ def test_tensors_that_do_not_belong_together_are_refused(convert_fp8: Callable) 
     for arguments, message in (
         (([], [], []), "give one output and one scale for each of at least one weight"),
         ((weights, out, []), "1 weights, 1 outputs and 0 scales"),
-        (([weights[0].float()], out, scales), "weight 0 is torch.float32"),
-        ((weights, [out[0][:1]], scales), "output 0 is .* must be a contiguous"),
-        ((weights, out, [scales[0].bfloat16()]), "scale 0 is torch.bfloat16"),
-        (([weights[0].transpose(1, 2)], out, scales), "weight 0 is .* must be a contiguous"),
+        (([weights[0].float()], out, scales), r"scale 0 are torch\.float32 \(2, 128, 128\)"),
+        ((weights, [out[0][:1]], scales), r"float8_e4m3fn \(1, 128, 128\)"),
+        ((weights, out, [scales[0].bfloat16()]), r"torch\.bfloat16 \(2, 1, 1\)"),
+        ((weights, out, [scales[0][:, :, :0]]), r"torch\.float32 \(2, 1, 0\)"),
+        (([weights[0].transpose(1, 2)], out, scales), r"with strides \(16384, 1, 128\)"),
+        (([weights[0][0]], [out[0][0]], [scales[0][0]]), r"must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_fp8(*arguments, wanted_E=wanted_E)
-    with pytest.raises(ValueError, match=r"weight 0 .* must be a contiguous .* \(3, 128, 128\)"):
+    with pytest.raises(ValueError, match="with E = 3 as in wanted_E"):
         convert_fp8(weights, out, scales, wanted_E=torch.ones(3, dtype=torch.int32))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 
 import torch
 import triton
@@ -29,9 +28,11 @@ from torch import Tensor
 from sglang_moelb.kernels import fp8, fp8_device
 from sglang_moelb.kernels.convert_fp8.ref import check_weights
 
-PROGRAMS_PER_SM = 4
-NUM_WARPS = 8
-NUM_STAGES = 2  # loads of a tile take 32 KB of shared memory a stage
+PROGRAMS_PER_SM = 2
+# Warps and stages of a program that has its SM for itself, and of programs that share one. Loads of
+# stages - 1 tiles of 32 KB are in flight. benchmarks/gpu/bench_fp8.py times these and others.
+FORM_ALONE = (16, 4)
+FORM_SHARED = (8, 3)
 
 BLOCK = fp8_device.GROUP
 
@@ -112,16 +113,18 @@ def convert_fp8(
 ) -> None:
     """See `sglang_moelb.kernels.convert_fp8`. Runs on the device of its tensors, no sync."""
     check_weights(weights, out, scales, wanted_E)
+    num_sms = _num_sms(wanted_E.device)
     if num_programs is None:
-        num_programs = PROGRAMS_PER_SM * _num_sms(wanted_E.device)
+        num_programs = PROGRAMS_PER_SM * num_sms
+    num_warps, num_stages = FORM_ALONE if num_programs <= num_sms else FORM_SHARED
     launch(
         weights,
         out,
         scales,
         wanted_E=wanted_E,
         num_programs=num_programs,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
 
 
@@ -153,7 +156,7 @@ def launch(
         NUM_COLUMNS=tuple(weight.shape[2] for weight in weights),
         BLOCKS_WIDE=tuple(wide for _, wide in blocks),
         NUM_BLOCKS=num_blocks,
-        FIRST_TILES=tuple(accumulate(num_blocks[:-1], initial=0)),
+        FIRST_TILES=tuple(sum(num_blocks[:i]) for i in range(len(num_blocks))),
         NUM_TILES=num_tiles,
         IS_EVEN=all(size % fp8.GROUP == 0 for weight in weights for size in weight.shape[1:]),
         NUM_STAGES=num_stages,

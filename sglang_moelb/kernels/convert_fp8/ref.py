@@ -44,16 +44,23 @@ def check_weights(
             "output and one scale for each of at least one weight"
         )
     num_experts = wanted_E.numel()
-    for i, (weight, values, scale) in enumerate(zip(weights, out, scales, strict=True)):
-        blocks = (num_experts, *(-(-size // GROUP) for size in weight.shape[1:]))
-        for name, tensor, dtype, shape in (
-            ("weight", weight, torch.bfloat16, (num_experts, *weight.shape[1:])),
-            ("output", values, torch.float8_e4m3fn, tuple(weight.shape)),
-            ("scale", scale, torch.float32, blocks),
-        ):
-            same = tensor.dtype == dtype and tuple(tensor.shape) == shape and tensor.dim() == 3
-            if not (same and tensor.is_contiguous()):
-                raise ValueError(
-                    f"{name} {i} is {tensor.dtype} {tuple(tensor.shape)} with strides "
-                    f"{tensor.stride()}; it must be a contiguous {dtype} {shape}"
-                )
+    for i, tensors in enumerate(zip(weights, out, scales, strict=True)):
+        if not _belong_together(*tensors, num_experts):
+            found = (f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in tensors)
+            raise ValueError(
+                f"weight, output and scale {i} are {', '.join(found)}; they must be contiguous, "
+                "torch.bfloat16 (E, N, K), torch.float8_e4m3fn (E, N, K) and torch.float32 "
+                f"(E, ceil(N / {GROUP}), ceil(K / {GROUP})) with E = {num_experts} as in wanted_E"
+            )
+
+
+def _belong_together(weight: Tensor, values: Tensor, scale: Tensor, num_experts: int) -> bool:
+    if weight.dim() != 3 or len(weight) != num_experts or values.shape != weight.shape:
+        return False
+    dtypes = (weight.dtype, values.dtype, scale.dtype)
+    if dtypes != (torch.bfloat16, torch.float8_e4m3fn, torch.float32):
+        return False
+    _, num_rows, num_columns = weight.shape
+    blocks = (num_experts, -(-num_rows // GROUP), -(-num_columns // GROUP))
+    contiguous = weight.is_contiguous() and values.is_contiguous() and scale.is_contiguous()
+    return contiguous and scale.shape == blocks

@@ -1,0 +1,118 @@
+"""The fp8 kernels compile for Hopper as they were meant to be, on a machine without a GPU.
+
+The child process gives Triton a driver that compiles for compute capability 9.0 and launches
+nothing, calls the ops on CPU tensors, and prints what it found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Utils:
+    def load_binary(self, *args):
+        return 0, 0, 0, 0, 1024
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+class Driver:
+    utils = Utils()
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def launcher_cls(self, source, metadata):
+        return lambda *args: None
+
+driver.set_active(Driver())
+from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.convert_fp8 import kernel as convert
+from sglang_moelb.kernels.plan_downgrade import kernel as plan
+from sglang_moelb.kernels.quantise_rows import kernel as rows
+
+weights = [torch.zeros(4, 256, 128).bfloat16(), torch.zeros(4, 128, 384).bfloat16()]
+out = [torch.zeros(weight.shape).to(torch.float8_e4m3fn) for weight in weights]
+scales = [torch.zeros(4, 2, 1), torch.zeros(4, 1, 3)]
+numbers = torch.ones(9, dtype=torch.int32)
+for start in (0, 1):
+    for num_programs in (1, 20, None):
+        convert.convert_fp8(
+            weights, out, scales, wanted_E=numbers[start : start + 4], num_programs=num_programs
+        )
+for num_rows in (5, 16, 1000):
+    for column_major in (False, True):
+        for count in (None, numbers[:1], numbers[1:2]):
+            for op in (rows.quantise_rows, rows.silu_mul_quantise):
+                x = torch.zeros(num_rows, 512).bfloat16()
+                op(x, num_rows_valid=count, column_major=column_major)
+counts = torch.zeros(4, row_layout.row_width(128, with_histogram=False), dtype=torch.int32)
+for form in range(3):
+    for share in (0.0, 0.5, 1.0):
+        plan.plan_downgrade(
+            counts, num_experts=128, capacity_factor=1.0 + share, vision_share=share, form=form
+        )
+jits = {"convert": convert._convert, "quantise": rows._quantise, "plan": plan._plan}
+for name, jit in jits.items():
+    (cache,) = (caches[0] for caches in jit.device_caches.values())
+    jits[name] = [variant.asm["ptx"] for variant in cache.values()]
+print(json.dumps(jits))
+"""
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, list[str]]:
+    """Every variant of each kernel that a few calls have compiled."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the lean CPU install has no Triton; CI installs it for this test")
+    child = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr[-6000:]
+    return json.loads(child.stdout)
+
+
+def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> None:
+    """A variant compiled in a live pass would make the other ranks wait."""
+    assert {name: len(variants) for name, variants in ptx.items()} == {
+        "convert": 2,  # one program an SM, or more
+        "quantise": 4,  # gated or not, all rows or some
+        "plan": 3,  # forms
+    }
+
+
+def test_weights_and_rows_are_read_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:
+    for text in ptx["convert"]:
+        assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10\b", text)
+        assert len(re.findall(r"\bld\.global", text)) == 1  # wanted_E
+    for text in ptx["quantise"]:
+        wide = re.findall(r"\bld\.global\S*\.v4\.b32", text)
+        assert len(re.findall(r"\bld\.global", text)) - len(wide) <= 1  # num_rows_valid
+        assert wide
+
+
+def test_values_are_cast_by_the_instruction_that_saturates(ptx: dict[str, list[str]]) -> None:
+    for text in (*ptx["convert"], *ptx["quantise"]):
+        assert "cvt.rn.satfinite.e4m3x2.f32" in text
+        assert "div.rn.f32" in text
+        assert ".ftz" not in text
