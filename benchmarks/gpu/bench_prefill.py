@@ -66,14 +66,16 @@ async def settle(session: aiohttp.ClientSession, url: str, mode: str) -> None:
         await burst(session, url, [[1, 2, 3]] * 4, 1)
 
 
-async def last_pass(session: aiohttp.ClientSession, url: str, mode: str) -> dict[str, Any]:
+async def last_pass(
+    session: aiohttp.ClientSession, url: str, mode: str, num_last: int = 4
+) -> dict[str, Any]:
     """The largest of the last prefill passes, from the status of a balanced server."""
     if mode == "stock":
         return {}
     async with session.get(f"{url}/moelb/status") as response:
         recent = (await response.json())["recent"]
     prefills = [row for row in recent if row["phase"] == "prefill"]
-    return max(prefills[-4:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
+    return max(prefills[-num_last:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,7 +146,7 @@ async def closeness(args: argparse.Namespace) -> None:
                 for answer in answers
                 for entry in answer["meta_info"]["output_token_logprobs"]
             ]
-            low_rows = (await last_pass(session, args.url, mode)).get("low_rows_R", [])
+            low_rows = (await last_pass(session, args.url, mode, 2)).get("low_rows_R", [])
             print(f"{args.label} {mode}: rows at low precision by rank {low_rows}")
             if mode.startswith("downgrade") and not sum(low_rows):
                 raise SystemExit(f"{mode}: no rank was lowered")

@@ -75,8 +75,8 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     opened = [f for f in estimate.forecasts if not _closed(f.lever, standing)]
     unknown = _unknown(estimate, config, standing)
     if standing.budget_spent and (unknown or not opened):
-        low = f"; {reasons.low_spent(estimate, config)}" if standing.low_spent else ""
-        return _none(reasons.budget_spent(estimate, config) + low)
+        too = f"; {reasons.low_spent(estimate, config)}" if standing.low_spent else ""
+        return _none(reasons.budget_spent(estimate, config) + too)
     if unknown:
         return _none(unknown)
     if _closed(standing.lever, standing):
