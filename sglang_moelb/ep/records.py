@@ -4,7 +4,8 @@
 once, asynchronously on CUDA, to memory that the controller reads; once the device has ended the
 pass, `raw_of` says the rest. `ep.build_record` makes the `StepRecord`.
 
-Shape letters: T rows of this rank, L MoE layers, R ranks, W width of a row of counts.
+Shape letters: T rows of this rank, L MoE layers, R ranks, E logical experts, W width of a row of
+counts.
 """
 
 from __future__ import annotations
