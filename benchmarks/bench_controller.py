@@ -123,7 +123,8 @@ def measure(
     """CPU milliseconds of each repeat by what was measured, and passes in which a lever acted."""
     world, controller, ledger = World(topology), Controller(config, topology), Ledger(topology)
     shared = SharedCounts.create(topology)
-    slot, arrays = records.slots_of(shared)[0], (shared.counts_SRLW[0], shared.stats_SR8[0])
+    slot = records.slots_of(shared)[0]
+    arrays = shared.counts_SRLW[0], shared.stats_SR8[0], shared.low_SLE[0]
     times: dict[str, list[float]] = defaultdict(list)
     num_acted = 0
 

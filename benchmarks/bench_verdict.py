@@ -15,10 +15,12 @@ from time import thread_time
 
 import torch
 
-from benchmarks.bench_controller import HOST, TOPOLOGIES, World
+from benchmarks.bench_controller import TOPOLOGIES, World
 from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import records
+from sglang_moelb.ep.build_record import build
+from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.types import Observation, Policy, StepRecord, Topology
 
 NUM_RECORDS, NUM_ROUNDS, WARM_UP_PASSES = 256, 5, 2100
@@ -27,14 +29,16 @@ NUM_RECORDS, NUM_ROUNDS, WARM_UP_PASSES = 256, 5, 2100
 def made(topology: Topology) -> list[StepRecord]:
     """Records of passes of changing size and load."""
     world, found = World(topology), []
+    shared = SharedCounts.create(topology)
+    arrays = shared.counts_SRLW[0], shared.stats_SR8[0], shared.low_SLE[0]
     for step in range(NUM_RECORDS):
         log = world.log(step, Policy(epoch=0))
-        counts_LRW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L])
-        copy = records.close(log, counts_LRW, None, HOST)
-        copy.ended.s = 2.0 * sum(
+        counts_RLW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1)
+        closed = records.close(log, counts_RLW, None, records.slots_of(shared)[0])
+        closed.ended.s = 2.0 * sum(
             marks["dispatch"].ms_until(marks["combined"]) / 1e3 for marks in log.marks_L
         )
-        found.append(records.build(copy, topology, 0, 1.0))
+        found.append(build(records.raw_of(closed, 0.1 * step), *arrays, topology, 0, 1.0))
     return found
 
 

@@ -18,6 +18,7 @@ from sglang_moelb.types import READY_MODES, Lever, Mode, Policy
 from sglang_moelb.words import (
     CHOICES,
     EXPANSIONS,
+    FORMS,
     LEVELS,
     METRICS,
     PREFERENCES,
@@ -33,6 +34,7 @@ STANDIN_VARIABLE = "SGLANG_MOELB_STANDIN"
 Factor = Annotated[float, msgspec.Meta(ge=1e-6, le=1000)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+LAYERS = r"^(all|\d+(-\d+)?(,\d+(-\d+)?)*)?$"
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
@@ -61,6 +63,19 @@ class CapacityConfig(_Section, frozen=True):
     min_batch_tokens: Count = 2048  # over all ranks; smaller passes are left alone
 
 
+class DowngradeConfig(_Section, frozen=True):
+    """The lever `downgrade` (ReaLB): which ranks, in which form, and what is allocated for it."""
+
+    factor: Annotated[float, msgspec.Meta(ge=1e-6, le=100)] = 1.0  # times the mean rows of a rank
+    vision_share: Share = 0.7  # of a rank's rows, above which it may be lowered
+    form: Literal["rank", "experts", "fewest"] = "rank"
+    # The three below decide what is allocated at start and cannot change while serving.
+    format: Literal["fp8", "nvfp4-emulated", "mxfp4-emulated"] = "fp8"
+    slots: Annotated[int, msgspec.Meta(ge=0, le=2)] = 2  # staging; 0: no downgrade
+    # Such as "0,4-7" or "all": low-precision copies are kept, and nothing is converted.
+    resident_layers: Annotated[str, msgspec.Meta(pattern=LAYERS)] = ""
+
+
 class ControllerConfig(_Section, frozen=True):
     """How the controller decides in mode `auto`."""
 
@@ -69,6 +84,7 @@ class ControllerConfig(_Section, frozen=True):
     switch_margin: Share = 0.01  # further gain needed to change lever
     min_dwell_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 4
     quality_budget: Share = 0.05  # share of gate mass that may be lost over the quality window
+    downgrade_budget: Share = 1.0  # share of rows at low precision over the same window
     quality_window_passes: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     # Least time between two forecasts: between them small passes are only counted.
     interval_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 100.0
@@ -94,6 +110,7 @@ class Config(_Section, frozen=True):
 
     mode: Mode = "none"
     capacity: CapacityConfig = CapacityConfig()
+    downgrade: DowngradeConfig = DowngradeConfig()
     controller: ControllerConfig = ControllerConfig()
     verdict: VerdictConfig = VerdictConfig()
     fault: FaultConfig = FaultConfig()
@@ -202,35 +219,13 @@ def knobs() -> list[str]:
     return list(flat(Config()))
 
 
-KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
-
-
-def to_numbers(config: Config) -> dict[str, int | float]:
-    """`config` as the numbers that SGLang's state update can carry; words become indices."""
-    return {k: CHOICES[k].index(v) if k in CHOICES else v for k, v in flat(config).items()}
-
-
-def from_numbers(numbers: dict[str, int | float]) -> Config:
-    """Inverse of `to_numbers`. Raises `ConfigError`."""
-    tree: dict[str, Any] = {}
-    for name, value in numbers.items():
-        if name not in _KNOBS:
-            raise ConfigError(f"moelb config: unknown knob {name!r}. Known: {', '.join(_KNOBS)}")
-        *sections, key = name.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = _word(name, value)
-    return parse(tree)
-
-
 def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Policy:
-    """The policy that uses `lever` with the capacity knobs of `config`."""
-    capacity = config.capacity
+    """The policy that uses `lever` with the knobs of `config`."""
+    capacity, downgrade = config.capacity, config.downgrade
     return Policy(
         epoch=epoch,
         lever=lever,
-        capacity_factor=capacity.factor,
+        capacity_factor=downgrade.factor if lever is Lever.DOWNGRADE else capacity.factor,
         level=LEVELS[capacity.level],
         scope=SCOPES[capacity.scope],
         metric=METRICS[capacity.metric],
@@ -242,21 +237,10 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
         min_batch_tokens=capacity.min_batch_tokens,
         macs_delta=capacity.macs_delta,
         macs_rho=capacity.macs_rho,
+        vision_share=downgrade.vision_share,
+        form=FORMS[downgrade.form],
         reason=reason,
     )
-
-
-def _word(name: str, value: int | float) -> Any:
-    """The value of knob `name` that travelled as the number `value`."""
-    if name not in CHOICES:
-        return bool(value) if isinstance(_KNOBS[name], bool) else value
-    words = CHOICES[name]
-    if value not in range(len(words)):
-        raise ConfigError(
-            f"moelb config: {name} is number {value}; use 0 to {len(words) - 1} for "
-            f"{', '.join(words)}"
-        )
-    return words[int(value)]
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -301,5 +285,3 @@ def _reject_not_finite(tree: dict[str, Any], prefix: str) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"moelb config: {prefix}{key} is {value}; it must be a finite number")
 
-
-_KNOBS = flat(Config())

@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = (
     "replicate",
     "auto",
 )
-READY_MODES: tuple[Mode, ...] = ("none", "observe", "expand", "drop", "auto")
+READY_MODES: tuple[Mode, ...] = ("none", "observe", "expand", "drop", "downgrade", "auto")
 
 Phase = Literal["prefill", "decode", "idle"]
 
@@ -45,6 +45,7 @@ class Lever(IntEnum):
     NONE = 0
     EXPAND = 1
     DROP = 2
+    DOWNGRADE = 3
 
 
 class Metric(IntEnum):
@@ -113,7 +114,9 @@ class Policy:
     """What every rank does in one pass. Made by the controller, agreed by all ranks.
 
     `epoch` grows with every change; `capacity_factor` is a multiple of the mean rows of a group;
-    `macs_delta` and `macs_rho` are MACS's delta and rho; `reason` is for people.
+    under the lever downgrade a rank above it is lowered where more than `vision_share` of its rows
+    are vision, in `form`; `macs_delta` and `macs_rho` are MACS's delta and rho; `reason` is for
+    people.
     """
 
     epoch: int
@@ -130,6 +133,8 @@ class Policy:
     min_batch_tokens: int = 0
     macs_delta: float = 1.0
     macs_rho: float = 0.5
+    vision_share: float = 0.7
+    form: Form = Form.RANK
     reason: str = ""
 
 
@@ -154,6 +159,7 @@ class StepRecord:
 
     `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts receive
     after it (exact under the plain rule, an estimate under MACS), the rows before where none acted.
+    `low_rows_LR` of those ran at low precision; None where the lever downgrade did not act.
     Gate mass is the sum of routing weights; masses and numbers of dropped and added rows are of
     all ranks' tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
     are not to be written.
@@ -178,6 +184,7 @@ class StepRecord:
     layer_ms_L: FloatArray  # from before dispatch to after combine, this rank
     balance_ms: float  # our own observe + exchange + plan + apply: layers by the fastest of them
     step_ms: float
+    low_rows_LR: IntArray | None = None
 
     @property
     def used_lever(self) -> Lever:
@@ -201,6 +208,7 @@ class LeverForecast:
     balance: float  # mean over layers of max/mean rank rows it would leave
     gain: float  # share of step time saved, 0.05 is 5 %
     lost_mass_share: float  # share of routed gate mass lost
+    low_share: float = 0.0  # share of rows that would run at low precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +223,7 @@ class LoadEstimate:
     fixed_ms: float
     spent_mass_share: float  # gate mass lost over the quality window, as a share
     forecasts: tuple[LeverForecast, ...]
+    spent_low_share: float = 0.0  # rows run at low precision over the quality window, as a share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +234,7 @@ class Decision:
     reason: str
     expected_gain: float
     expected_lost_mass_share: float
+    expected_low_share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

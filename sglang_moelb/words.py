@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_moelb.types import MODES, Expansion, Level, Lever, Metric, Preference, Rule, Scope
+from sglang_moelb.types import MODES, Expansion, Form, Level, Lever, Metric, Preference, Rule, Scope
 
 LEVELS = {"expert": Level.EXPERT, "device": Level.DEVICE}
 SCOPES = {"source": Scope.SOURCE, "global": Scope.GLOBAL}
@@ -19,7 +19,9 @@ PREFERENCES = {
 }
 EXPANSIONS = {"compete": Expansion.COMPETE, "fill": Expansion.FILL}
 RULES = {"plain": Rule.PLAIN, "macs": Rule.MACS}
-LEVERS = {"expand": Lever.EXPAND, "drop": Lever.DROP}
+FORMS = {"rank": Form.RANK, "experts": Form.EXPERTS, "fewest": Form.FEWEST}
+FORMATS = ("fp8", "nvfp4-emulated", "mxfp4-emulated")
+LEVERS = {"expand": Lever.EXPAND, "drop": Lever.DROP, "downgrade": Lever.DOWNGRADE}
 FAULTS = ("none", "die", "hang")
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
@@ -29,5 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "capacity.preference": tuple(PREFERENCES),
     "capacity.rule": tuple(RULES),
     "capacity.expansion": tuple(EXPANSIONS),
+    "downgrade.form": tuple(FORMS),
+    "downgrade.format": FORMATS,
     "fault.controller": FAULTS,
 }

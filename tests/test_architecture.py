@@ -27,22 +27,25 @@ ARROWS = MappingProxyType(
         "types": set(),
         "words": {"types"},
         "config": {"types", "words"},
+        "hot_config": {"config", "words"},
         "controller": {"config", "types", "words"},
         "kernels": {"types"},
         "trace": {"config", "types"},
         "metrics": {"types"},
-        "ep": {"config", "controller", "kernels", "live", "metrics", "trace", "types"},
+        "ep": {
+            "config", "controller", "hot_config", "kernels", "live", "metrics", "trace", "types",
+        },
         "plugin": {"config", "ep"},
         "patching": set(),
         "demo": {"ab", "ep"},
         "ab": {"demo", "ep"},
         "doctor": {"config", "ep", "patching", "types"},
         "live": set(),
-        "replay": {"ab", "config", "controller", "trace", "types"},
+        "replay": {"ab", "config", "controller", "hot_config", "trace", "types"},
         "cli": {"ab", "demo", "doctor", "live", "patching", "replay"},
     }
 )
-SERVING = ("types", "config", "controller", "kernels", "ep", "plugin")
+SERVING = ("types", "config", "hot_config", "controller", "kernels", "ep", "plugin")
 IMPURE = {"time", "random", "os", "threading", "asyncio", "socket", "subprocess", "datetime"}
 EXCEPTIONS_LONG_FILES: set[str] = set()
 # One parameter an option, each with its help: the signature is the command line.

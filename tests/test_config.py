@@ -18,7 +18,6 @@ from sglang_moelb.config import (
     ConfigError,
     flat,
     from_environment,
-    from_numbers,
     knobs,
     load,
     merge,
@@ -26,15 +25,16 @@ from sglang_moelb.config import (
     policy_of,
     standin_requested,
     to_environment,
-    to_numbers,
     trace_folder,
     trace_tokens,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
+from sglang_moelb.hot_config import START_KNOBS, from_numbers, to_numbers
 from sglang_moelb.types import (
     MODES,
     READY_MODES,
     Expansion,
+    Form,
     Level,
     Lever,
     Metric,
@@ -57,11 +57,18 @@ KNOBS = {
     "capacity.macs_delta": 1.0,
     "capacity.macs_rho": 0.5,
     "capacity.min_batch_tokens": 2048,
+    "downgrade.factor": 1.0,
+    "downgrade.vision_share": 0.7,
+    "downgrade.form": "rank",
+    "downgrade.format": "fp8",
+    "downgrade.slots": 2,
+    "downgrade.resident_layers": "",
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
     "controller.min_dwell_passes": 4,
     "controller.quality_budget": 0.05,
+    "controller.downgrade_budget": 1.0,
     "controller.quality_window_passes": 256,
     "controller.interval_ms": 100.0,
     "controller.timeout_ms": 100.0,
@@ -94,6 +101,17 @@ trees = st.fixed_dictionaries(
                 "min_batch_tokens": st.integers(0, 2**31 - 1),
             },
         ),
+        "downgrade": st.fixed_dictionaries(
+            {},
+            optional={
+                "factor": st.floats(1e-6, 100),
+                "vision_share": share,
+                "form": st.sampled_from(CHOICES["downgrade.form"]),
+                "format": st.sampled_from(CHOICES["downgrade.format"]),
+                "slots": st.integers(0, 2),
+                "resident_layers": st.sampled_from(["", "all", "0", "1,3-5"]),
+            },
+        ),
         "controller": st.fixed_dictionaries(
             {},
             optional={
@@ -102,6 +120,7 @@ trees = st.fixed_dictionaries(
                 "switch_margin": share,
                 "min_dwell_passes": st.integers(1, 65536),
                 "quality_budget": share,
+                "downgrade_budget": share,
                 "quality_window_passes": st.integers(1, 65536),
                 "interval_ms": st.floats(0, 60_000),
                 "timeout_ms": st.floats(1e-3, 1e9),
@@ -130,7 +149,7 @@ def test_the_knobs_and_their_defaults_are_these() -> None:
 @given(trees)
 def test_a_configuration_survives_each_way_it_travels(tree: dict[str, Any]) -> None:
     config = parse(tree)
-    assert from_numbers(to_numbers(config)) == config
+    assert from_numbers(to_numbers(config), config) == config
     assert parse(load(config.to_json())) == config
     assert merge(Config(), tree) == config
     assert merge(config, {}) == config
@@ -138,10 +157,12 @@ def test_a_configuration_survives_each_way_it_travels(tree: dict[str, Any]) -> N
 
 @given(trees)
 def test_what_travels_in_a_state_update_is_plain_numbers(tree: dict[str, Any]) -> None:
-    numbers = to_numbers(parse(tree))
+    config = parse(tree)
+    numbers = to_numbers(config)
+    assert set(numbers) == set(knobs()) - set(START_KNOBS)
     assert all(isinstance(value, int | float) for value in numbers.values())
     again = json.loads(json.dumps({k: v + 0 for k, v in numbers.items()}))
-    assert from_numbers(again) == parse(tree)
+    assert from_numbers(again, config) == config
 
 
 @given(trees)
@@ -153,6 +174,19 @@ def test_every_policy_of_every_configuration_fits_the_agreement(tree: dict[str, 
     assert agreed.capacity_factor > 0
     assert agreed.macs_delta > 0
     assert agreed.capacity_factor == pytest.approx(policy.capacity_factor, abs=1e-6)
+
+
+def test_a_policy_of_downgrade_has_the_knobs_of_downgrade_and_other_levers_their_own() -> None:
+    config = parse(
+        {
+            "capacity": {"factor": 2.0},
+            "downgrade": {"factor": 1.5, "vision_share": 0.5, "form": "fewest"},
+        }
+    )
+    policy = policy_of(config, Lever.DOWNGRADE, epoch=1, reason="")
+    assert (policy.capacity_factor, policy.vision_share) == (1.5, 0.5)
+    assert policy.form is Form.FEWEST
+    assert policy_of(config, Lever.DROP, epoch=1, reason="").capacity_factor == 2.0
 
 
 def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
@@ -187,11 +221,18 @@ BAD: dict[str, list[Any]] = {
     "capacity.macs_delta": [0, -2, 1e9, "x"],
     "capacity.macs_rho": [-0.1, 1.1, "x"],
     "capacity.min_batch_tokens": [-1, 2**31, 2**70, 0.5],
+    "downgrade.factor": [0, -1, 101, "1", None],
+    "downgrade.vision_share": [-0.1, 1.1, "x"],
+    "downgrade.form": ["row", 0, None],
+    "downgrade.format": ["fp4", 1, None],
+    "downgrade.slots": [-1, 3, 1.5],
+    "downgrade.resident_layers": ["none", "0,", "1-", "-1", 3, None, [1]],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
     "controller.min_dwell_passes": [0, 2**70],
     "controller.quality_budget": [-0.01, 1.01, None],
+    "controller.downgrade_budget": [-0.01, 1.01, None],
     "controller.quality_window_passes": [0, 65537],
     "controller.interval_ms": [-1, 60_001, "often"],
     "controller.timeout_ms": [0, -1, 1e12, "fast"],
@@ -268,6 +309,7 @@ def test_a_mode_without_its_lever_is_refused_by_name(mode: str) -> None:
         {"capacity.min_batch_tokens": 2**70},
         {"capacity.max_extra_experts": 1.5},
         {"unheard.of": 1},
+        {"downgrade.slots": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:

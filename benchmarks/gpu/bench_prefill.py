@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -46,22 +47,35 @@ async def set_mode(session: aiohttp.ClientSession, url: str, mode: str) -> None:
     if mode == "stock":
         return
     name, _, factor = mode.partition("@")
+    name, _, form = name.partition(":")
     change: dict[str, Any] = {"mode": name, "controller": {"quality_budget": 1.0}}
     if factor:
-        change["capacity"] = {"factor": float(factor)}
+        section = "downgrade" if name == "downgrade" else "capacity"
+        change[section] = {"factor": float(factor)}
+    if name == "downgrade":
+        change["downgrade"] = {**change.get("downgrade", {}), "form": form or "rank"}
     async with session.post(f"{url}/moelb/config", json=change) as response:
         if response.status != 200:
             raise SystemExit(f"{url}/moelb/config: {response.status} {await response.text()}")
 
 
-async def last_pass(session: aiohttp.ClientSession, url: str, mode: str) -> dict[str, Any]:
+async def settle(session: aiohttp.ClientSession, url: str, mode: str) -> None:
+    """Switch, and carry the new policy in: it is published after the record of a small pass."""
+    await set_mode(session, url, mode)
+    for _ in range(2):
+        await burst(session, url, [[1, 2, 3]] * 4, 1)
+
+
+async def last_pass(
+    session: aiohttp.ClientSession, url: str, mode: str, num_last: int = 4
+) -> dict[str, Any]:
     """The largest of the last prefill passes, from the status of a balanced server."""
     if mode == "stock":
         return {}
     async with session.get(f"{url}/moelb/status") as response:
         recent = (await response.json())["recent"]
     prefills = [row for row in recent if row["phase"] == "prefill"]
-    return max(prefills[-4:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
+    return max(prefills[-num_last:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,14 +87,12 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for repeat in range(-args.warmups, args.repeats):
             for skew, mode in pairs if repeat % 2 == 0 else pairs[::-1]:
                 Path(args.skew_file).write_text(skew)
-                await set_mode(session, args.url, mode)
+                await settle(session, args.url, mode)
                 rng = random.Random(repeat)
                 prompts = [
                     [rng.randrange(VOCABULARY) for _ in range(args.tokens)]
                     for _ in range(args.requests)
                 ]
-                # A policy is published after the next record: a small pass carries it in.
-                await burst(session, args.url, [[1, 2, 3]] * 4, 1)
                 seconds, _ = await burst(session, args.url, prompts, 1)
                 row = {
                     "hardware": args.hardware,
@@ -104,6 +116,7 @@ async def identity(args: argparse.Namespace) -> list[Any]:
     """Tokens and log-probabilities of single requests, to compare servers bit by bit."""
     rng = random.Random(7)
     async with aiohttp.ClientSession() as session:
+        await settle(session, args.url, args.modes.split(",")[0])
         outputs = []
         for length in (1, 7, 64, 333, 1024, 2048):
             _, answers = await burst(
@@ -114,6 +127,39 @@ async def identity(args: argparse.Namespace) -> list[Any]:
         return outputs
 
 
+async def closeness(args: argparse.Namespace) -> None:
+    """Print how far log-probabilities of each mode are from those of the first, at the top skew.
+
+    Ends the process where one is not finite, or where the rule should have lowered a rank and none
+    was.
+    """
+    Path(args.skew_file).write_text(max(args.skews.split(","), key=float))
+    rng = random.Random(11)
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(args.tokens)] for _ in range(4)]
+    said: dict[str, list[tuple[float, int]]] = {}
+    async with aiohttp.ClientSession() as session:
+        for mode in args.modes.split(","):
+            await settle(session, args.url, mode)
+            _, answers = await burst(session, args.url, prompts, 4)
+            said[mode] = [
+                (entry[0], entry[1])
+                for answer in answers
+                for entry in answer["meta_info"]["output_token_logprobs"]
+            ]
+            low_rows = (await last_pass(session, args.url, mode, 2)).get("low_rows_R", [])
+            print(f"{args.label} {mode}: rows at low precision by rank {low_rows}")
+            if mode.startswith("downgrade") and not sum(low_rows):
+                raise SystemExit(f"{mode}: no rank was lowered")
+    first = said[args.modes.split(",")[0]]
+    for mode, pairs in said.items():
+        apart = [abs(a[0] - b[0]) for a, b in zip(first, pairs, strict=True)]
+        same = sum(a[1] == b[1] for a, b in zip(first, pairs, strict=True))
+        print(f"{args.label} {mode}: log-probabilities apart by {statistics.mean(apart):.5f}, at "
+              f"most {max(apart):.5f}; {same} of {len(pairs)} tokens equal")  # fmt: skip
+        if not all(math.isfinite(logprob) for logprob, _ in pairs):
+            raise SystemExit(f"{mode}: a log-probability is not finite")
+
+
 def main() -> None:
     """Measure, append the rows to a file and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,7 +167,9 @@ def main() -> None:
     parser.add_argument("--label", required=True, help="name of the server in the rows")
     parser.add_argument("--skew-file", required=True)
     parser.add_argument("--skews", default="1,2,3", help="max/mean rank rows to impose")
-    parser.add_argument("--modes", default="stock", help="stock, or modes such as drop@1.25")
+    parser.add_argument(
+        "--modes", default="stock", help="stock, or such as drop@1.25, downgrade:experts@1.0"
+    )
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
     parser.add_argument("--repeats", type=int, default=4)
@@ -129,12 +177,15 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="kept in the rows")
     parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
     parser.add_argument("--identity", default="", help="file for single-request outputs")
+    parser.add_argument("--closeness", action="store_true", help="compare the modes' outputs")
     parser.add_argument("--out", required=True, help="JSON lines, appended")
     args = parser.parse_args()
     if args.identity:
         Path(args.skew_file).write_text("0")
         outputs = asyncio.run(identity(args))
         Path(args.identity).write_text(json.dumps(outputs))
+    if args.closeness:
+        asyncio.run(closeness(args))
     rows = asyncio.run(measure(args))
     with Path(args.out).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

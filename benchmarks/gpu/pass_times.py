@@ -83,7 +83,7 @@ def _time_parts() -> None:
 
     serving: list[tuple[Any, tuple[str, ...]]] = [
         (PassOpener, ("begin", "opened")),
-        (Runtime, ("note_requests", "before_dispatch", "before_experts", "after_experts",
+        (Runtime, ("note_requests", "before_dispatch", "run_experts", "after_experts",
                    "after_combine", "end_pass", "_gathered")),
         (records, ("close",)),
         (Agreement, ("start", "finish")),

@@ -5,6 +5,10 @@
 #   NUM_GPUS=4 OUT=results bash benchmarks/gpu/run_prefill.sh
 # SERVERS names which to run, in order. PARTS=1 also times our own functions in each pass. What the
 # trace costs: SERVERS="observe-large-a traced-large observe-large-b"; TRACE_TOKENS=0 without tokens.
+# Precision downgrade, with every token taken for vision: beside stock, beside copies that are kept
+# (conversion for free), and beside fp8 for all experts. A skew may not exceed the number of GPUs.
+#   NUM_GPUS=2 SKEWS=1,1.5,2 REQUESTS=32 REPEATS=3 OUT=results \
+#     SERVERS="downgrade-large stock-large-a resident-large fp8-large" bash benchmarks/gpu/run_prefill.sh
 set -euo pipefail
 num_gpus=${NUM_GPUS:-4} out=${OUT:-results} repeats=${REPEATS:-4} port=${PORT:-31000}
 servers=${SERVERS:-stock-large-a moelb-large stock-large-b stock-small-a moelb-small stock-small-b}
@@ -39,6 +43,8 @@ serve() { # label, tokens a pass over all ranks, then flags
   local label=$1 tokens=$2
   shift 2
   export MOELB_BENCH_TIMES="$out/passes-$label.jsonl"
+  unset MOELB_BENCH_VISION
+  case $label in downgrade-* | resident-*) export MOELB_BENCH_VISION=1 ;; esac
   [ -z "${PARTS:-}" ] || export MOELB_BENCH_PARTS=1
   setsid python3 -m sglang.launch_server --model-path "$model" --load-format dummy \
     --skip-tokenizer-init --tp "$num_gpus" --ep "$num_gpus" --dp "$num_gpus" --enable-dp-attention \
@@ -48,7 +54,7 @@ serve() { # label, tokens a pass over all ranks, then flags
     --chunked-prefill-size "$tokens" --max-prefill-tokens "$tokens" --mem-fraction-static 0.6 \
     --host 127.0.0.1 --port "$port" "$@" > "$out/server-$label.log" 2>&1 &
   server=$!
-  for _ in $(seq 180); do
+  for _ in $(seq 300); do
     curl -sf "http://127.0.0.1:$port/health" > /dev/null && return
     kill -0 "$server" 2> /dev/null || { tail -40 "$out/server-$label.log"; exit 1; }
     sleep 1
@@ -68,10 +74,15 @@ bench() { # label, modes, then arguments
 }
 
 for label in $servers; do
-  flags=() modes=stock
+  flags=() modes=stock close=
   case $label in
     moelb-large) flags=(--moelb-mode observe)
       modes=${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25} ;;
+    downgrade-*) flags=(--moelb-mode downgrade) modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
+    resident-*)
+      flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}')
+      modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
+    fp8-*) flags=(--quantization fp8 --deepep-dispatcher-output-dtype auto) ;;
     moelb-small) flags=(--moelb-mode observe) modes=${SMALL_MODES:-none,observe,drop@1.0} ;;
     observe-*) flags=(--moelb-mode observe) modes=observe ;;
     traced-*) modes=observe
@@ -79,15 +90,16 @@ for label in $servers; do
         --moelb-trace-tokens "${TRACE_TOKENS:-16}") ;;
   esac
   case $label in
-    *-large*) serve "$label" 65536 "${flags[@]}"
+    *-large*) serve "$label" "$((16384 * num_gpus))" "${flags[@]}"
       bench "$label" "$modes" --skews "${SKEWS:-1,2,3}" --repeats "$repeats" \
-        --identity "$out/identity-$label.json" ;;
+        --requests "${REQUESTS:-64}" --identity "$out/identity-$label.json" ${close:+--closeness} ;;
     *-small*) serve "$label" "$((1024 * num_gpus))" "${flags[@]}"
       bench "$label" "$modes" --skews 1 --requests 64 --tokens 1024 --repeats "$((repeats * 3))" ;;
     *) echo "SERVERS: unknown server $label" >&2; exit 2 ;;
   esac
   case $label in
-    moelb-* | traced-*) curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
+    moelb-* | traced-* | downgrade-* | resident-*)
+      curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
   esac
   stop
 done

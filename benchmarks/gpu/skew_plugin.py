@@ -2,7 +2,8 @@
 
 Every token gets `topk * skew / num_ranks` experts of the hot rank and the rest from the others, all
 distinct, so the rank rows are exactly `skew` times the mean. The skew is read from the file named
-by MOELB_BENCH_SKEW at each pass, so that one server can be measured at several.
+by MOELB_BENCH_SKEW at each pass, so that one server can be measured at several. With
+MOELB_BENCH_VISION set, a balanced server takes every token for vision.
 
 Shape letters: T tokens, K top-k, R ranks.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-VARIABLE = "MOELB_BENCH_SKEW"
+VARIABLE, VISION_VARIABLE = "MOELB_BENCH_SKEW", "MOELB_BENCH_VISION"
 MAX_TOKENS = 65536
 _current = {"stamp": 0, "skew": 0.0}
 
@@ -30,6 +31,16 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _skewed, HookType.BEFORE
     )
+    if VISION_VARIABLE in os.environ:
+        _all_vision()
+
+
+def _all_vision() -> None:
+    from sglang_moelb.ep import open_pass
+    from sglang_moelb.kernels.row_layout import FLAG_VISION
+
+    flags_of = open_pass.token_flags
+    open_pass.token_flags = lambda *args: flags_of(*args) | FLAG_VISION  # type: ignore[assignment]
 
 
 def _skewed(layer: Any, hidden_states: Any, topk_output: Any) -> tuple[Any, Any] | None:

@@ -15,7 +15,9 @@ from functools import partial
 from sglang_moelb.config import Config, policy_of
 from sglang_moelb.controller import cost, forecast, load, verdict
 from sglang_moelb.controller.decide import Standing, decide
+from sglang_moelb.controller.low_cost import LowCost
 from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.controller.quality import LossModel, QualityWindow
 from sglang_moelb.controller.scoreboard import Scoreboard
 from sglang_moelb.types import (
@@ -47,6 +49,8 @@ class Controller:
         self._standing = Standing()
         self._loss = LossModel()
         self._own = OwnTime()
+        self._low_cost = LowCost()
+        self._cost = cost.UNMEASURED
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
         self._board = _board_for(config)
@@ -77,6 +81,7 @@ class Controller:
             entered = self._take(record)
             if entered:
                 self._own = self._own.updated(record)
+                self._low_cost = self._low_cost.updated(record, self._topology, self._cost)
             if (entered or record.lost_mass) and self._is_due(observation.now_s):
                 self._estimated_s = observation.now_s
                 self._estimate = self._estimated()
@@ -125,16 +130,20 @@ class Controller:
     def _is_due(self, now_s: float) -> bool:
         """Whether to forecast and decide: the interval is over, or the budget is."""
         limits = self._config.controller
-        lossy = self._policy.lever is not Lever.NONE
-        if lossy and self._quality.spent_share > limits.quality_budget:
+        lever, quality = self._policy.lever, self._quality
+        if lever is Lever.DOWNGRADE and quality.low_share > limits.downgrade_budget:
+            return True
+        if lever is not Lever.NONE and quality.spent_share > limits.quality_budget:
             return True
         return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
 
     def _watch(self, records: Iterable[StepRecord]) -> None:
         num_passes = self._config.controller.window_passes
         self._capacity = policy_of(self._config, Lever.NONE, epoch=0, reason="")
+        downgrade = policy_of(self._config, Lever.DOWNGRADE, epoch=0, reason="")
+        self._downgrade = downgrade if self._config.downgrade.slots else None
         self._loads: deque[load.PassLoad] = deque(maxlen=num_passes)
-        self._projections: deque[tuple[forecast.Projection, ...]] = deque(maxlen=num_passes)
+        self._projections: deque[tuple[Projection, ...]] = deque(maxlen=num_passes)
         for record in records:
             self._take(record)
 
@@ -142,12 +151,17 @@ class Controller:
         """Whether the pass entered the window."""
         if not load.enters(record, min_batch_tokens=self._config.capacity.min_batch_tokens):
             return False
-        one = load.load_of(record, self._topology)
+        one = load.load_of(record, self._topology, self._low_cost)
         self._loads.append(one)
-        self._projections.append(forecast.project(one, self._topology, self._capacity))
+        self._projections.append(self._projected(one))
         dwell_passes = self._standing.dwell_passes + 1
         self._standing = replace(self._standing, dwell_passes=dwell_passes)
         return True
+
+    def _projected(self, one: load.PassLoad) -> tuple[Projection, ...]:
+        return forecast.project(
+            one, self._topology, self._capacity, self._downgrade, self._low_cost
+        )
 
     def _board_under(self, config: Config) -> Scoreboard | None:
         board = self._board
@@ -163,11 +177,11 @@ class Controller:
         now_s = observation.now_s
         board.see(observation.record, entered=entered)
         if self._estimated_s == now_s:  # just forecast
-            forecasts = partial(self._forecasts, cost_model=self._model, own=OwnTime())
+            forecasts = partial(self._forecasts, cost_model=self._cost, own=OwnTime())
             board.sample(
                 self._loads,
                 self._projections,
-                cost=self._model,
+                cost=self._cost,
                 times=self._times,
                 forecast=forecasts,
                 now_s=now_s,
@@ -178,7 +192,7 @@ class Controller:
 
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
-        model = self._model = cost.fit(loads)
+        self._cost = model = cost.fit(loads, self._cost)
         times = self._times = cost.step_times(loads, model)
         return LoadEstimate(
             num_passes=len(loads),
@@ -188,6 +202,7 @@ class Controller:
             ms_per_row=model.ms_per_row,
             fixed_ms=model.fixed_ms,
             spent_mass_share=self._quality.spent_share,
+            spent_low_share=self._quality.low_share,
             forecasts=self._forecasts(
                 loads, self._projections, times, cost_model=model, own=self._own
             ),
@@ -196,7 +211,7 @@ class Controller:
     def _forecasts(
         self,
         loads: Sequence[load.PassLoad],
-        projections: Sequence[tuple[forecast.Projection, ...]],
+        projections: Sequence[tuple[Projection, ...]],
         times: cost.StepTimes,
         *,
         cost_model: cost.CostModel,

@@ -50,21 +50,27 @@ class StepTimes:
         return self.moe_ms / self.base_ms if self.base_ms > 0 else 0.0
 
 
-def fit(loads: Sequence[PassLoad]) -> CostModel:
+UNMEASURED = CostModel(fixed_ms=0.0, ms_per_row=0.0)
+
+
+def fit(loads: Sequence[PassLoad], before: CostModel = UNMEASURED) -> CostModel:
     """Fit the cost of this rank's experts to the window, oldest pass first.
 
+    Layers in which any row ran at low precision are left out; where no other is left, what was
+    fitted `before` still holds.
     Times that are not finite, 0 or outliers are ignored (`usable_times`). Where all samples have
     about the same rows, or the slope would not be positive, all time is put on the rows; where the
     fixed part would be negative, it is 0. Runs on the host. Ours.
     """
     recent = loads[-FIT_PASSES:]
     if not recent:
-        return CostModel(fixed_ms=0.0, ms_per_row=0.0)
+        return before
     rows_N = np.concatenate([load.my_rows_L for load in recent])
     ms_N = np.concatenate([load.record.experts_ms_L for load in recent])
     usable_N = usable_times(ms_N, rows_N)
+    usable_N &= ~np.concatenate([load.my_low_L for load in recent])
     if not usable_N.any():
-        return CostModel(fixed_ms=0.0, ms_per_row=0.0)
+        return before
     weight_N = _weights(len(recent), len(rows_N) // len(recent))
     if not usable_N.all():
         rows_N, ms_N, weight_N = rows_N[usable_N], ms_N[usable_N], weight_N[usable_N]

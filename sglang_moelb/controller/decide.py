@@ -1,7 +1,7 @@
 """LoadEstimate -> Decision: is it worth it, which lever, and why or why not.
 
 `none` is a lever like the others and wins unless another one earns its place. In order: the quality
-budget, whether anything is known, gain, quality, exact levers before lossy ones, and dwell
+budgets, whether anything is known, gain, quality, exact levers before lossy ones, and dwell
 (`min_dwell_passes` between changes). To stay, a lever must save `min_gain`; to start or replace
 another, `switch_margin` more, of a gain that counts only as far as the estimate is trusted: loads
 that come and go lower the confidence, so the two thresholds move apart where noise would flap.
@@ -20,7 +20,7 @@ from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
 from sglang_moelb.words import LEVERS
 
 # The lowest tier with a lever that pays is chosen from: exact levers are 0, lossy ones 1.
-TIER = {Lever.EXPAND: 1, Lever.DROP: 1}
+TIER = {Lever.EXPAND: 1, Lever.DROP: 1, Lever.DOWNGRADE: 1}
 # Of the confidence that a full window of equal passes gives: to start a lever, and to keep it.
 START_CONFIDENCE = 0.5
 KEEP_CONFIDENCE = 0.4
@@ -32,12 +32,13 @@ class Standing:
 
     `lever` is the one that auto's rules hold to (in observe nothing of it is published),
     `dwell_passes` the passes of the window since it changed, `budget_spent` whether the quality
-    budget was exceeded and has not recovered yet.
+    budget was exceeded and has not recovered yet, `low_spent` the same of the downgrade budget.
     """
 
     lever: Lever = Lever.NONE
     dwell_passes: int = 1 << 30
     budget_spent: bool = False
+    low_spent: bool = False
 
 
 def decide(estimate: LoadEstimate, config: Config, standing: Standing) -> tuple[Decision, Standing]:
@@ -48,11 +49,14 @@ def decide(estimate: LoadEstimate, config: Config, standing: Standing) -> tuple[
         config: mode and limits; the mode must be one whose lever exists.
         standing: as returned before, with `dwell_passes` counted on by the caller.
 
-    The quality budget holds in every mode. Runs on the host. Ours.
+    The budgets hold in every mode: quality_budget for what loses gate mass, downgrade_budget for
+    what computes at low precision. Runs on the host. Ours.
     """
-    spent = _budget_spent(estimate.spent_mass_share, config, standing.budget_spent)
-    if spent != standing.budget_spent:
-        standing = replace(standing, budget_spent=spent)
+    limits = config.controller
+    spent = _spent(estimate.spent_mass_share, limits.quality_budget, standing.budget_spent)
+    low_spent = _spent(estimate.spent_low_share, limits.downgrade_budget, standing.low_spent)
+    if (spent, low_spent) != (standing.budget_spent, standing.low_spent):
+        standing = replace(standing, budget_spent=spent, low_spent=low_spent)
     mode = config.mode
     if mode in LEVERS:
         decision = _fixed(LEVERS[mode], estimate, config, standing)
@@ -68,16 +72,20 @@ def decide(estimate: LoadEstimate, config: Config, standing: Standing) -> tuple[
 
 
 def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decision:
-    if standing.budget_spent:
-        return _none(reasons.budget_spent(estimate, config))
+    opened = [f for f in estimate.forecasts if not _closed(f.lever, standing)]
     unknown = _unknown(estimate, config, standing)
+    if standing.budget_spent and (unknown or not opened):
+        too = f"; {reasons.low_spent(estimate, config)}" if standing.low_spent else ""
+        return _none(reasons.budget_spent(estimate, config) + too)
     if unknown:
         return _none(unknown)
-    current = _find(estimate.forecasts, standing.lever)
-    if current and current.lost_mass_share > config.controller.quality_budget:
+    if _closed(standing.lever, standing):
+        return _none(_why_closed(standing.lever, estimate, config))
+    current = _find(opened, standing.lever)
+    if current and _spends(current) > _budget(current.lever, config):
         return _none(reasons.too_lossy(current, config))
     bound = _bound(estimate)
-    paying = [f for f in estimate.forecasts if _pays(f, bound, estimate, config, standing)]
+    paying = [f for f in opened if _pays(f, bound, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
     best = _best(allowed, config)
     if current and best and current in allowed and not _outdoes(best, current, estimate, config):
@@ -92,18 +100,44 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
         return _take(best, reasons.gains(best))
     if paying:
         return _none(reasons.too_lossy(max(paying, key=lambda f: f.gain), config))
+    if standing.budget_spent:
+        return _none(reasons.budget_spent(estimate, config))
+    low = _find(estimate.forecasts, Lever.DOWNGRADE)
+    if standing.low_spent and low and _pays(low, bound, estimate, config, standing):
+        return _none(reasons.low_spent(estimate, config))
     return _none(reasons.balanced(estimate, config, standing.lever, bound))
 
 
 def _fixed(lever: Lever, estimate: LoadEstimate, config: Config, standing: Standing) -> Decision:
-    if standing.budget_spent:
-        return _none(reasons.budget_spent(estimate, config))
+    if _closed(lever, standing):
+        return _none(_why_closed(lever, estimate, config))
     no_pass = LeverForecast(lever=lever, balance=1.0, gain=0.0, lost_mass_share=0.0)
     return _take(_find(estimate.forecasts, lever) or no_pass, f"mode {config.mode}")
 
 
-def _budget_spent(spent_share: float, config: Config, was_spent: bool) -> bool:
-    budget = config.controller.quality_budget
+def _closed(lever: Lever, standing: Standing) -> bool:
+    """Whether the budget of `lever` is spent."""
+    if lever is Lever.DOWNGRADE:
+        return standing.low_spent
+    return lever is not Lever.NONE and standing.budget_spent
+
+
+def _why_closed(lever: Lever, estimate: LoadEstimate, config: Config) -> str:
+    why = reasons.low_spent if lever is Lever.DOWNGRADE else reasons.budget_spent
+    return why(estimate, config)
+
+
+def _spends(forecast: LeverForecast) -> float:
+    """What a lever takes of its budget."""
+    return forecast.low_share if forecast.lever is Lever.DOWNGRADE else forecast.lost_mass_share
+
+
+def _budget(lever: Lever, config: Config) -> float:
+    limits = config.controller
+    return limits.downgrade_budget if lever is Lever.DOWNGRADE else limits.quality_budget
+
+
+def _spent(spent_share: float, budget: float, was_spent: bool) -> bool:
     recovered = spent_share < RESUME_SHARE * budget
     return budget == 0.0 or spent_share > budget or (was_spent and not recovered)
 
@@ -149,8 +183,9 @@ def _pays(
 def _affordable(forecast: LeverForecast, config: Config, standing: Standing) -> bool:
     # A window that holds nothing but this lever must stay inside the budget; what is spent now
     # leaves the window as it slides, and `_budget_spent` guards the time until then.
-    share = 1.0 if forecast.lever == standing.lever else RESUME_SHARE
-    return forecast.lost_mass_share <= share * config.controller.quality_budget
+    budget = _budget(forecast.lever, config)
+    share = 1.0 if forecast.lever == standing.lever or budget == 1.0 else RESUME_SHARE
+    return _spends(forecast) <= share * budget
 
 
 def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast | None:
@@ -160,7 +195,10 @@ def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast |
     tier = min(TIER[f.lever] for f in forecasts)
     rivals = [f for f in forecasts if TIER[f.lever] == tier]
     top = max(f.gain for f in rivals) - config.controller.switch_margin
-    return min((f for f in rivals if f.gain >= top), key=lambda f: (f.lost_mass_share, -f.gain))
+    return min(
+        (f for f in rivals if f.gain >= top),
+        key=lambda f: (f.lost_mass_share, f.low_share, -f.gain),
+    )
 
 
 def _outdoes(
@@ -186,6 +224,7 @@ def _take(forecast: LeverForecast, reason: str) -> Decision:
         reason=reason,
         expected_gain=forecast.gain,
         expected_lost_mass_share=forecast.lost_mass_share,
+        expected_low_share=forecast.low_share,
     )
 
 

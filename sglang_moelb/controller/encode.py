@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sglang_moelb.types import Expansion, Level, Lever, Metric, Policy, Preference, Rule, Scope
+from sglang_moelb.types import (
+    Expansion,
+    Form,
+    Level,
+    Lever,
+    Metric,
+    Policy,
+    Preference,
+    Rule,
+    Scope,
+)
 
 FIELDS = (
     "epoch",
@@ -25,8 +35,10 @@ FIELDS = (
     "min_batch_tokens",
     "macs_delta",
     "macs_rho",
+    "vision_share",
+    "form",
 )
-FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho"})
+FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho", "vision_share"})
 NUM_WORDS = len(FIELDS)
 MILLION = 1_000_000
 
@@ -68,5 +80,7 @@ def decode(words: Sequence[int], reason: str) -> Policy:
         min_batch_tokens=word["min_batch_tokens"],
         macs_delta=word["macs_delta"] / MILLION,
         macs_rho=word["macs_rho"] / MILLION,
+        vision_share=word["vision_share"] / MILLION,
+        form=Form(word["form"]),
         reason=reason,
     )

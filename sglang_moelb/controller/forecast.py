@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from sglang_moelb.controller.cost import CostModel, StepTimes
-from sglang_moelb.controller.load import PassLoad, balance_of
+from sglang_moelb.controller.load import UNLEARNT, PassLoad, balance_of
+from sglang_moelb.controller.low_cost import LowCost
 from sglang_moelb.controller.own_time import OwnTime
 from sglang_moelb.controller.plan import (
     AMOUNT_ONE,
@@ -31,6 +31,7 @@ from sglang_moelb.controller.plan import (
     kept_amount,
     macs_capacity,
 )
+from sglang_moelb.controller.project_downgrade import Projection, downgraded
 from sglang_moelb.controller.quality import LossModel
 from sglang_moelb.types import (
     IntArray,
@@ -47,23 +48,18 @@ FORECAST_LEVERS = (Lever.EXPAND, Lever.DROP)
 MACS_AMOUNTS_M = np.array([AMOUNT_ONE, AMOUNT_ONE // 2], dtype=np.int64)
 TEXT, VISION = 0, 1
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Projection:
-    """What a lever would have left of one pass."""
-
-    lever: Lever
-    max_rows_L: IntArray  # rows of the fullest rank
-    balance: float  # mean over layers of max/mean rank rows
-    dropped_share: float  # dropped rows as a share of all rows
-    slowest_rows: int  # the sum of max_rows_L
-
-
-def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Projection, ...]:
+def project(
+    load: PassLoad,
+    topology: Topology,
+    capacity: Policy,
+    downgrade: Policy | None = None,
+    low_cost: LowCost = UNLEARNT,
+) -> tuple[Projection, ...]:
     """Projections of all levers onto one pass, in the order of FORECAST_LEVERS.
 
-    `capacity` gives the capacity knobs; its own lever does not matter. Runs on the host.
-    Source: Capacity-Aware Inference 4.1, MACS; estimates as in the module docstring are ours.
+    `capacity` gives the capacity knobs of drop and expand, `downgrade` those of downgrade, which
+    is left out without them and else comes last. Runs on the host. Source: Capacity-Aware
+    Inference 4.1, MACS, ReaLB; estimates as in the module docstring are ours.
     """
     base_L = _base_capacities(load, topology, capacity)
     if capacity.rule == Rule.PLAIN:
@@ -81,7 +77,10 @@ def project(load: PassLoad, topology: Topology, capacity: Policy) -> tuple[Proje
     expand_LR = drop_LR + _filled(load, room_LG, topology, capacity)
     num_rows = int(load.rows_L.sum())
     dropped_share = (num_rows - int(drop_LR.sum())) / max(num_rows, 1)
-    return _projections(np.array([expand_LR, drop_LR]), dropped_share)
+    projections = _projections(np.array([expand_LR, drop_LR]), dropped_share)
+    if downgrade is None:
+        return projections
+    return (*projections, downgraded(load, topology, downgrade, low_cost))
 
 
 def forecast(
@@ -150,7 +149,10 @@ def _forecast_one(
         lever=lever,
         balance=math.fsum([p.balance for p in projections]) / len(projections),
         gain=saved_ms / times.base_ms if times.base_ms > 0.0 else 0.0,
-        lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric),
+        lost_mass_share=dropped_share * loss.mass_per_dropped_row(lever, capacity.metric)
+        if dropped_share
+        else 0.0,
+        low_share=math.fsum([p.low_share for p in projections]) / len(projections),
     )
 
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_moelb.controller.low_cost import LowCost
 from sglang_moelb.types import FloatArray, IntArray, StepRecord, Topology
 
 BoolArray = NDArray[np.bool_]
 
+UNLEARNT = LowCost()
 HALF_TRUSTED_PASSES = 2  # so many passes without any spread give a confidence of one half
 OUTLIER = 5.0  # times the median; a compile in the first passes is far above
 
@@ -33,13 +35,16 @@ class PassLoad:
 
     `num_tokens`, `num_protected_tokens` and `rows_L` are over all ranks; `slowest_rows` the rows
     of the fullest rank, added up over layers, before any lever, and `slowest_rows_run` after the
-    one that acted; `my_rows_L` what this rank's experts received. `mean_balance` is over layers.
+    one that acted, where rows at low precision count for what they cost; `my_rows_L` what this
+    rank's experts received, `my_low_L` where any of it ran at low precision. `mean_balance` is over
+    layers.
     """
 
     record: StepRecord
     rows_LR: IntArray
     rows_L: IntArray
     my_rows_L: FloatArray
+    my_low_L: BoolArray
     balance_L: FloatArray
     mean_balance: float
     num_tokens: int
@@ -53,7 +58,9 @@ def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
     return record.phase == "prefill" and _total(record.num_tokens_R) >= max(min_batch_tokens, 1)
 
 
-def load_of(record: StepRecord, topology: Topology) -> PassLoad:
+def load_of(
+    record: StepRecord, topology: Topology, low_cost: LowCost = UNLEARNT
+) -> PassLoad:
     """The load of one pass. Runs on the host. Ours.
 
     Asserts that the record's shapes are the topology's: a record of another model would move the
@@ -65,17 +72,22 @@ def load_of(record: StepRecord, topology: Topology) -> PassLoad:
     rows_LR = record.rows_LEM.reshape(topology.num_layers, topology.num_ranks, -1).sum(axis=2)
     rows_L, max_L = rows_LR.sum(axis=1), rows_LR.max(axis=1)
     balance_L = balance_of(max_L, rows_L, topology.num_ranks)
+    run_LR = record.rows_after_LR.astype(np.float64)
+    low_LR = np.zeros_like(rows_LR) if record.low_rows_LR is None else record.low_rows_LR
+    if low_LR.any():
+        run_LR = low_cost.effective(record.rows_after_LR, low_LR, topology)
     return PassLoad(
         record=record,
         rows_LR=rows_LR,
         rows_L=rows_L,
         my_rows_L=record.rows_after_LR[:, record.rank].astype(np.float64),
+        my_low_L=low_LR[:, record.rank] > 0,
         balance_L=balance_L,
         mean_balance=float(balance_L.sum()) / topology.num_layers,
         num_tokens=_total(record.num_tokens_R),
         num_protected_tokens=_total(record.num_protected_tokens_R),
         slowest_rows=int(max_L.sum()),
-        slowest_rows_run=int(record.rows_after_LR.max(axis=1).sum()),
+        slowest_rows_run=int(run_LR.max(axis=1).sum()),
     )
 
 

@@ -1,7 +1,10 @@
-"""Gate mass: how much was lost of late, and how much a dropped row takes with it.
+"""Gate mass: how much was lost of late, and how much a dropped row takes with it; and how many rows
+ran at low precision, which lose no gate mass and have a budget of their own.
 
 Passes are prefill passes of any size: nothing is ever dropped in decode, and its many passes
 would flush the window within seconds. A mass that is not finite is ignored.
+
+Shape letters: L MoE layers, R ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ FORGETTING = 0.98
 
 
 class QualityWindow:
-    """Gate mass routed and lost in the last `num_passes` prefill passes."""
+    """Gate mass routed and lost, and rows at low precision, in the last `num_passes` prefills."""
 
     def __init__(self, num_passes: int) -> None:
         self._routed: deque[float] = deque(maxlen=num_passes)
         self._lost: deque[float] = deque(maxlen=num_passes)
+        self._rows: deque[int] = deque(maxlen=num_passes)
+        self._low_rows: deque[int] = deque(maxlen=num_passes)
 
     def add(self, record: StepRecord) -> None:
         """Count the pass if it is a prefill pass with tokens."""
@@ -36,12 +41,17 @@ class QualityWindow:
         if record.phase == "prefill" and known and record.routed_mass > 0.0:
             self._routed.append(record.routed_mass)
             self._lost.append(record.lost_mass)
+            self._rows.append(int(record.rows_after_LR.sum()))
+            low_LR = record.low_rows_LR
+            self._low_rows.append(0 if low_LR is None else int(low_LR.sum()))
 
     def resized(self, num_passes: int) -> QualityWindow:
         """A window of another length that holds the newest passes of this one."""
         window = QualityWindow(num_passes)
         window._routed.extend(self._routed)
         window._lost.extend(self._lost)
+        window._rows.extend(self._rows)
+        window._low_rows.extend(self._low_rows)
         return window
 
     @property
@@ -49,6 +59,12 @@ class QualityWindow:
         """Gate mass lost over the window as a share of what was routed; 0 with no passes."""
         routed = math.fsum(self._routed)
         return math.fsum(self._lost) / routed if routed else 0.0
+
+    @property
+    def low_share(self) -> float:
+        """Rows that ran at low precision over the window as a share; 0 with no rows."""
+        num_rows = sum(self._rows)
+        return sum(self._low_rows) / num_rows if num_rows else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

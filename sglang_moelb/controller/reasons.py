@@ -21,12 +21,28 @@ def budget_spent(estimate: LoadEstimate, config: Config) -> str:
     )
 
 
+def low_spent(estimate: LoadEstimate, config: Config) -> str:
+    """Why downgrade is off although the mode allows it. Runs on the host. Ours."""
+    limits = config.controller
+    if limits.downgrade_budget == 0.0:
+        return "downgrade_budget is 0, so downgrade is off; raise it to allow it"
+    return (
+        f"downgrade budget spent: {percent(estimate.spent_low_share)} of rows at low precision "
+        f"over the last {limits.quality_window_passes} prefill passes, downgrade_budget is "
+        f"{percent(limits.downgrade_budget)}; downgrade resumes below "
+        f"{percent(RESUME_SHARE * limits.downgrade_budget)}"
+    )
+
+
 def too_lossy(forecast: LeverForecast, config: Config) -> str:
     """Why a lever that pays is not taken. Runs on the host. Ours."""
-    budget = config.controller.quality_budget
+    limits = config.controller
+    knob, budget, factor = "quality_budget", limits.quality_budget, "capacity.factor"
+    if forecast.lever is Lever.DOWNGRADE:
+        knob, budget, factor = "downgrade_budget", limits.downgrade_budget, "downgrade.factor"
     return (
-        f"{gains(forecast)}, but quality_budget {percent(budget)} allows "
-        f"{percent(RESUME_SHARE * budget)} to start; raise it or capacity.factor"
+        f"{gains(forecast)}, but {knob} {percent(budget)} allows "
+        f"{percent(RESUME_SHARE * budget)} to start; raise it or {factor}"
     )
 
 
@@ -46,6 +62,11 @@ def balanced(estimate: LoadEstimate, config: Config, current: Lever, bound: floa
 
 def gains(forecast: LeverForecast) -> str:
     """What a lever brings and costs. Runs on the host. Ours."""
+    if forecast.lever is Lever.DOWNGRADE:
+        return (
+            f"{name(forecast.lever)} saves {percent(forecast.gain)} of a step "
+            f"and computes {percent(forecast.low_share)} of rows at low precision"
+        )
     return (
         f"{name(forecast.lever)} saves {percent(forecast.gain)} of a step "
         f"and loses {percent(forecast.lost_mass_share)} of gate mass"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_moelb.controller.cost import CostModel, StepTimes, step_times
-from sglang_moelb.controller.forecast import Projection
 from sglang_moelb.controller.load import PassLoad, usable_times
+from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.types import Lever, LeverForecast, StepRecord
 
 SAMPLE_S = 0.5

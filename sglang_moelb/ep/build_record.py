@@ -32,6 +32,7 @@ def build(
     raw: RawPass,
     counts_RLW: np.ndarray,
     stats_R8: np.ndarray,
+    low_LE: np.ndarray,
     topology: Topology,
     rank: int,
     mass_per_token: float,
@@ -40,10 +41,10 @@ def build(
 
     `stats_R8` is what a lever did on each rank, read only where one acted; `mass_per_token` the
     gate mass of a token in a layer, by which passes without a lever are counted: only a cut
-    measures mass.
+    measures mass. `low_LE` is 1 for experts that `downgrade` lowered, read only where it acted.
     """
     counts_LREC = _counts(counts_RLW, topology)
-    acted = raw.lever is not Lever.NONE
+    acted = raw.lever not in (Lever.NONE, Lever.DOWNGRADE)  # on gate mass
     stats_8 = stats_R8.sum(axis=0).tolist() if acted else [0] * 8
     header_RW = counts_RLW[:, 0, :NUM_HEADER].astype(np.int64)
     # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
@@ -70,6 +71,9 @@ def build(
         layer_ms_L=_times(raw.layer_ms_L, topology),
         balance_ms=raw.balance_ms,
         step_ms=raw.step_ms,
+        low_rows_LR=rank_rows(rows_LEM.sum(axis=2) * low_LE, topology.num_ranks)
+        if raw.lever is Lever.DOWNGRADE
+        else None,
     )
 
 
@@ -109,7 +113,7 @@ def _rows_after(
 ) -> IntArray:
     """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
     rows_LR = routed_rank_rows(rows_LEM, topology.num_ranks)
-    if raw.lever is Lever.NONE:
+    if raw.lever in (Lever.NONE, Lever.DOWNGRADE):
         return rows_LR
     policy = raw.agreed.policy
     by_source = policy.scope is Scope.SOURCE

@@ -59,6 +59,7 @@ class Worker:
             told,
             counts_RLW,
             self._shared.stats_SR8[told.slot],
+            self._shared.low_SLE[told.slot],
             self._setup.topology,
             self._setup.rank,
             self._mass_per_token,
@@ -125,7 +126,7 @@ class Worker:
 
     def _learn_mass(self, record: StepRecord) -> None:
         num_rows = int(record.num_tokens_R.sum()) * self._setup.topology.num_layers
-        if record.used_lever is not Lever.NONE and num_rows:
+        if record.used_lever not in (Lever.NONE, Lever.DOWNGRADE) and num_rows:
             self._mass_per_token = record.routed_mass / num_rows
 
     def _trace_state(self) -> str:

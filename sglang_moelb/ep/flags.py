@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="none: ready, but leave routing alone (default once any flag is given); observe: "
         "measure and say what auto would do; expand, drop: always that lever; auto: the "
-        "controller chooses for each pass; downgrade, replicate: not available yet.",
+        "controller chooses for each pass; downgrade: always that lever; replicate: not available "
+        "yet.",
     )
     group.add_argument(
         "--moelb-config",

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_moelb.ep import points
 
-Kind = str  # a member name of sglang's HookType: "BEFORE" or "AFTER"
+Kind = str  # a member name of sglang's HookType: "BEFORE", "AFTER" or "AROUND"
 
 
 def _flags(result: None, parser: Any) -> None:
@@ -42,8 +42,9 @@ def _dispatch(dispatcher: Any, hidden_states: Any, topk_output: Any) -> tuple[An
     return (dispatcher, hidden_states, topk_output), {}
 
 
-def _experts(layer: Any, dispatch_output: Any) -> tuple[Any, Any]:
-    return (layer, points.before_experts(layer, dispatch_output)), {}
+def _experts(original: Callable[..., Any], layer: Any, dispatch_output: Any) -> Any:
+    combine_input = points.run_experts(layer, dispatch_output)
+    return original(layer, dispatch_output) if combine_input is None else combine_input
 
 
 def _combine(dispatcher: Any, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +81,7 @@ HOOKS: dict[str, tuple[Kind, Callable[..., Any]]] = {
     "begin-pass": ("AFTER", _begin_pass),
     "end-pass": ("AFTER", _end_pass),
     "dispatch": ("BEFORE", _dispatch),
-    "experts": ("BEFORE", _experts),
+    "experts": ("AROUND", _experts),
     "combine": ("BEFORE", _combine),
     "combined": ("AFTER", _combined),
     "state": ("AFTER", _state),

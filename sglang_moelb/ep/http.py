@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 
 from sglang_moelb import config as configuration
-from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
+from sglang_moelb import hot_config
+from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.ep.live_routes import add_live_routes
+from sglang_moelb.hot_config import KNOB_PREFIX
 
 DEAD = (
     "the controller process is dead and the server serves in mode none; nothing was changed. "
@@ -23,7 +25,7 @@ class Routes:
 
     def __init__(self, tokenizer_manager: Any, config: Config) -> None:
         self._manager = tokenizer_manager
-        self._config = config
+        self._config = hot_config.as_started(config)
         self._one_at_a_time = asyncio.Lock()
 
     async def status(self) -> dict[str, Any]:
@@ -43,12 +45,13 @@ class Routes:
         try:
             changes = configuration.decode_object(body, "body of /moelb/config")
             wanted = configuration.merge(self._config, _with_kill_switch(changes))
+            hot_config.refuse_change(self._config, wanted)
         except ConfigError as error:
             return 400, {"error": str(error)}
         state = (await self.status()).get("controller", {}).get("state", "gone")
         if state in ("dead", "gone"):
             return 503, {"error": DEAD}
-        numbers = {KNOB_PREFIX + k: v for k, v in configuration.to_numbers(wanted).items()}
+        numbers = {KNOB_PREFIX + k: v for k, v in hot_config.to_numbers(wanted).items()}
         if not await self._send(numbers):
             return 503, {"error": "not every rank took the change; see the server's log"}
         self._config = wanted

@@ -92,12 +92,12 @@ def before_dispatch(dispatcher: Any, hidden_states: Any, topk_output: Any) -> An
     return _attached[0].before_dispatch(dispatcher, hidden_states, topk_output)
 
 
-def before_experts(layer: Any, dispatch_output: Any) -> Any:
-    """Seam `experts`: the rows have arrived, the grouped GEMM is next."""
-    if _attached:
-        num_passed["experts"] += 1
-        _attached[0].before_experts()
-    return dispatch_output
+def run_experts(layer: Any, dispatch_output: Any) -> Any:
+    """Seam `experts`: the rows have arrived; None where SGLang is to run the grouped GEMM."""
+    if not _attached:
+        return None
+    num_passed["experts"] += 1
+    return _attached[0].run_experts(layer, dispatch_output)
 
 
 def after_experts(dispatcher: Any) -> None:

@@ -18,6 +18,7 @@ from sglang_moelb.ep.agreed import Agreed
 from sglang_moelb.ep.balance import LayerOutcome
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.controller_messages import RawPass
+from sglang_moelb.ep.low.plan import LowPlan
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.types import Lever
 
@@ -30,7 +31,7 @@ Marks = dict[str, AnyMark]
 
 @dataclass(slots=True)
 class PassLog:
-    """One pass on the hot path; a layer has an outcome where a lever acts, else its ids.
+    """One pass on the hot path; a layer has an outcome or plan where a lever acts, else its ids.
 
     `marks_L` holds the marks of a layer's parts, in the order of `PARTS`, where `timed`, else none.
     `tokens_L` holds the router's ids and weights where `ep.token_trace` samples the pass.
@@ -45,6 +46,7 @@ class PassLog:
     flags_T: torch.Tensor | None  # of the batch's rows
     ids_L: list[torch.Tensor] = field(default_factory=list)
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
+    plans_L: list[LowPlan] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
     observing: AnyMark | None = None  # when all layers' counting began, without a lever
     tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
@@ -52,23 +54,25 @@ class PassLog:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """Host memory for the counts of one pass: int32 `[R, L, W]`, and int64 `[R, 8]`."""
+    """Host memory of a pass: int32 counts `[R, L, W]` and flags `[L, E]`, int64 stats `[R, 8]`."""
 
     number: int
     counts_RLW: torch.Tensor
     stats_R8: torch.Tensor
+    low_LE: torch.Tensor
 
 
 def slots_of(shared: SharedCounts) -> list[Slot]:
     """The slots of `shared` as tensors of the same memory."""
-    pairs = zip(shared.counts_SRLW, shared.stats_SR8, strict=True)
+    parts = zip(shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, strict=True)
     return [
         Slot(
             number=number,
             counts_RLW=torch.from_numpy(counts_RLW),
             stats_R8=torch.from_numpy(stats_R8),
+            low_LE=torch.from_numpy(low_LE),
         )
-        for number, (counts_RLW, stats_R8) in enumerate(pairs)
+        for number, (counts_RLW, stats_R8, low_LE) in enumerate(parts)
     ]
 
 
@@ -79,6 +83,7 @@ class ClosedPass:
     log: PassLog
     slot: int
     ended: AnyMark
+    low_LE: torch.Tensor | None = None
 
 
 def close(
@@ -92,7 +97,10 @@ def close(
     slot.counts_RLW.copy_(counts_RLW, non_blocking=True)
     if stats_R8 is not None:
         slot.stats_R8.copy_(stats_R8, non_blocking=True)
-    log.ids_L, log.outcomes_L, log.tokens_L = [], [], None
+    if log.plans_L:
+        low_LE = torch.stack([plan.low_E for plan in log.plans_L])
+        slot.low_LE.copy_(low_LE, non_blocking=True)
+    log.ids_L, log.outcomes_L, log.plans_L, log.tokens_L = [], [], [], None
     return ClosedPass(log=log, slot=slot.number, ended=mark_on(counts_RLW.device))
 
 

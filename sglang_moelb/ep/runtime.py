@@ -15,12 +15,15 @@ from typing import Any
 import msgspec
 import torch
 
-from sglang_moelb import config as configuration
-from sglang_moelb.config import KNOB_PREFIX, Config, ConfigError
+from sglang_moelb import hot_config
+from sglang_moelb.config import Config, ConfigError
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
+from sglang_moelb.ep.low.lever import DowngradeLever
+from sglang_moelb.ep.low.plan import plan_low
+from sglang_moelb.ep.memory import MemoryLedger
 from sglang_moelb.ep.modality import requests_of
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.open_pass import PassOpener
@@ -28,6 +31,7 @@ from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace
+from sglang_moelb.hot_config import KNOB_PREFIX
 from sglang_moelb.types import Lever
 
 logger = logging.getLogger("sglang_moelb")
@@ -45,6 +49,8 @@ class Runtime:
         exchange: Exchange | SymmetricExchange,
         controller: ControllerLink | None,
         token_trace: TokenTrace | None = None,
+        downgrade: DowngradeLever | None = None,
+        memory: MemoryLedger | None = None,
     ) -> None:
         self._seat = seat
         self._layer_of_dispatcher = seat.layer_of_dispatcher
@@ -53,6 +59,8 @@ class Runtime:
         every = token_trace.every if token_trace else 0
         self._passes = PassOpener(seat, agreement, controller, sample_every=every)
         self._controller = controller
+        self._downgrade = downgrade
+        self._memory = memory or MemoryLedger()
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
         self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
@@ -89,29 +97,34 @@ class Runtime:
         if log.lever is Lever.NONE:
             log.ids_L.append(topk_output.topk_ids)
             return topk_output
-        outcome = self._balancer.run(
-            LayerInput(
-                layer=layer,
-                ids_TK=topk_output.topk_ids,
-                weights_TK=topk_output.topk_weights,
-                logits_TE=topk_output.router_logits,
-                hidden_TD=hidden_states,
-                flags_T=self._flags_of(log, hidden_states.shape[0]),
-                scoring=self._seat.scoring[layer],
-            ),
-            log.agreed,
-            log.lever,
+        routed = LayerInput(
+            layer=layer,
+            ids_TK=topk_output.topk_ids,
+            weights_TK=topk_output.topk_weights,
+            logits_TE=topk_output.router_logits,
+            hidden_TD=hidden_states,
+            flags_T=self._flags_of(log, hidden_states.shape[0]),
+            scoring=self._seat.scoring[layer],
         )
+        if log.lever is Lever.DOWNGRADE:
+            assert self._downgrade is not None, "the leader's policy needs slots on every rank"
+            plan = plan_low(routed, log.agreed, self._seat.topology, self._exchange)
+            self._downgrade.prepare(layer, plan.low_E)
+            log.plans_L.append(plan)
+            self._mark("balanced")
+            return topk_output
+        outcome = self._balancer.run(routed, log.agreed, log.lever)
         log.outcomes_L.append(outcome)
         self._mark("balanced")
         return topk_output._replace(
             topk_ids=outcome.ids_TC.to(topk_output.topk_ids.dtype), topk_weights=outcome.weights_TC
         )
 
-    def before_experts(self) -> None:
-        """Rows have arrived."""
+    def run_experts(self, layer: Any, dispatch_output: Any) -> Any:
+        """Rows have arrived: run them at low precision, or None to let SGLang run them."""
         if self._marks is not None:
             self._mark("experts")
+        return self._downgrade.run(layer, dispatch_output) if self._downgrade else None
 
     def after_experts(self) -> None:
         """The grouped GEMM is enqueued."""
@@ -133,7 +146,9 @@ class Runtime:
         if not self._seams_verified:
             verify_passed()
             self._seams_verified = True
-        if not (log.ids_L or log.outcomes_L):
+        if self._downgrade:
+            self._downgrade.forget()
+        if not (log.ids_L or log.outcomes_L or log.plans_L):
             return
         gathered = self._gathered(log)
         if log.tokens_L and self._token_trace:
@@ -157,6 +172,9 @@ class Runtime:
                 wanted=wanted,
             )
             return None if counts_RLW is None else (counts_RLW, None)
+        if log.lever is Lever.DOWNGRADE:  # counted and exchanged with each layer
+            counts_L = [plan.counts_RW for plan in log.plans_L]
+            return (torch.stack(counts_L, dim=1), None) if wanted else None
         stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
         if not wanted:
             self._exchange.offer(stats_8.view(torch.int32))
@@ -182,9 +200,12 @@ class Runtime:
             "policy": {k: v.name.lower() if hasattr(v, "name") else v for k, v in policy.items()},
             "num_passes": self._passes.num_passes,
             "seams": dict(num_passed),
+            "memory": self._memory.told(),
             "controller": {"state": "off"},
             "trace_tokens": self._token_trace.stats.state if self._token_trace else "off",
         }
+        if self._downgrade:
+            answer["downgrade"] = self._downgrade.told()
         if self._controller:
             answer |= self._controller.status()
         return answer
@@ -192,15 +213,17 @@ class Runtime:
     def take_update(self, update: dict[str, int | float]) -> dict[str, int | float]:
         """Apply the knobs in a state update, all or none; returns what is not ours.
 
-        The numbers come from `config.to_numbers` in the HTTP process, which has validated them, or
-        from SGLang's own route for state updates, which has not: wrong ones are handed back, and
-        SGLang refuses the update.
+        The numbers come from `hot_config.to_numbers` in the HTTP process, which has validated
+        them, or from SGLang's own route for state updates, which has not: wrong ones are handed
+        back, and SGLang refuses the update.
         """
         ours = {k[len(KNOB_PREFIX) :]: v for k, v in update.items() if k.startswith(KNOB_PREFIX)}
         if ours:
             try:
-                numbers = configuration.to_numbers(self._config) | ours
-                self._config = configuration.from_numbers(numbers)
+                numbers = hot_config.to_numbers(self._config) | ours
+                wanted = hot_config.from_numbers(numbers, self._config)
+                hot_config.refuse_change(self._config, wanted)
+                self._config = wanted
             except ConfigError as error:
                 logger.warning("sglang_moelb: a state update was refused: %s", error)
                 return update

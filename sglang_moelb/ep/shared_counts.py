@@ -4,7 +4,8 @@ The device copies into a slot, the controller reads it there; nothing is copied 
 thread. The memory has no name and goes when the last of the two processes does. Light to import:
 no torch.
 
-Shape letters: S slots, R ranks, L MoE layers, W width of a layer's row of counts.
+Shape letters: S slots, R ranks, L MoE layers, E logical experts, W width of a layer's row of
+counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_BYTES = 64 << 20  # of all slots, where the fewest allowed do not need more
 
 
 class SharedCounts:
-    """`counts_SRLW` int32 and `stats_SR8` int64, writable on both sides.
+    """`stats_SR8` int64, `counts_SRLW` and `low_SLE` int32, writable on both sides.
 
     A slot belongs to the serving process until it has told of the pass in it, and then to the
     controller until it has answered.
@@ -42,6 +43,12 @@ class SharedCounts:
             self._memory,
             offset=self.stats_SR8.nbytes,
         )
+        self.low_SLE = np.ndarray(
+            (num_slots, topology.num_layers, topology.num_experts),
+            np.int32,
+            self._memory,
+            offset=self.stats_SR8.nbytes + self.counts_SRLW.nbytes,
+        )
 
     @classmethod
     def create(cls, topology: Topology) -> SharedCounts:
@@ -55,8 +62,9 @@ class SharedCounts:
 
 def num_bytes(topology: Topology, num_slots: int) -> int:
     """Bytes of `num_slots` slots."""
-    num_words = topology.num_layers * _width(topology)
-    return num_slots * topology.num_ranks * (8 * NUM_STATS + 4 * num_words)
+    num_words = topology.num_ranks * topology.num_layers * _width(topology)
+    num_words += topology.num_layers * topology.num_experts
+    return num_slots * (8 * topology.num_ranks * NUM_STATS + 4 * num_words)
 
 
 def _width(topology: Topology) -> int:

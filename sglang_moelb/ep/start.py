@@ -12,6 +12,7 @@ from sglang_moelb.config import Config, trace_folder
 from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
+from sglang_moelb.ep.low.attach import attach_downgrade
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.observe import warm_up
@@ -43,6 +44,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
     one_host = model_runner.server_args.nnodes == 1
+    config, downgrade, memory = attach_downgrade(model_runner, config, seat.rank, group)
     tokens = token_trace_of(seat, config)
     warm_up(seat.topology, seat.device)
     controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
@@ -59,6 +61,8 @@ def attach_to(model_runner: Any, config: Config) -> None:
         ),
         controller,
         tokens,
+        downgrade,
+        memory,
     )
     points.attach(runtime)
     logger.info(

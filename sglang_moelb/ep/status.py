@@ -28,6 +28,7 @@ class Ledger:
         self._sums: dict[str, float] = dict.fromkeys(
             ("routed_mass", "lost_mass", "moved_mass", "num_dropped_rows", "num_added_rows"), 0
         )
+        self._num_low_rows = 0
         self._num_passes = 0
         self._num_prefill = 0
         self._shown = ShownPass(topology, NUM_RECENT)
@@ -40,6 +41,8 @@ class Ledger:
         self._by_lever[record.used_lever.name.lower()] += 1
         for name in self._sums:
             self._sums[name] += getattr(record, name)
+        if record.low_rows_LR is not None:
+            self._num_low_rows += int(record.low_rows_LR.sum())
         self._newest = self._row(record)
         self._is_shown = self._shown.add(record)
 
@@ -50,6 +53,7 @@ class Ledger:
             "num_prefill_passes": self._num_prefill,
             "num_passes_by_lever": dict(self._by_lever),
             **self._sums,
+            "num_low_rows": self._num_low_rows,
         }
 
     def newest(self) -> dict[str, Any]:
@@ -62,7 +66,7 @@ class Ledger:
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
-        after_LR = record.rows_after_LR
+        after_LR, low_LR = record.rows_after_LR, record.low_rows_LR
         mass = max(record.routed_mass, 1e-9)
         return {
             "step": record.step,
@@ -79,6 +83,8 @@ class Ledger:
             "balance_after_L": balancedness(after_LR),
             "rows_before_R": before_LR.sum(axis=0).tolist(),
             "rows_after_R": after_LR.sum(axis=0).tolist(),
+            "low_ranks": low_ranks(record),
+            "low_rows_R": [] if low_LR is None else low_LR.sum(axis=0).tolist(),
             "lost_share": record.lost_mass / mass,
             "moved_share": record.moved_mass / mass,
             "step_ms": round(record.step_ms, 3),
@@ -86,6 +92,13 @@ class Ledger:
             "layer_ms": round(float(record.layer_ms_L.sum()), 3),
             "balance_ms": round(record.balance_ms, 3),
         }
+
+
+def low_ranks(record: StepRecord) -> list[list[int]]:
+    """For each layer the ranks that computed at low precision; nothing where none did."""
+    if record.low_rows_LR is None or not record.low_rows_LR.any():
+        return []
+    return [np.flatnonzero(low_R).tolist() for low_R in record.low_rows_LR]
 
 
 def balancedness(rows_LR: np.ndarray) -> list[float]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from sglang_moelb.live.client import LiveClient, LiveError
 from sglang_moelb.live.poller import Poller, Watch
-from sglang_moelb.live.screen import look_of, picture, show
+from sglang_moelb.live.screen import TICK_S, look_of, picture, show
 
 
 def top(
@@ -44,7 +44,7 @@ def top(
                 return
             poller = Poller(client.fetch, watch, interval)
             poller.start()
-            show(poller.view, console)
+            show(poller.view, console, min(TICK_S, interval))
             poller.stop()
     except LiveError as error:
         failed = Console(stderr=True)

@@ -34,7 +34,7 @@ def look_of(console: Console) -> Look:
     return Look(unicode=console.encoding.lower().startswith("utf"))
 
 
-def show(view: Callable[[], View], console: Console, tick_s: float = TICK_S) -> None:
+def show(view: Callable[[], View], console: Console, tick_s: float) -> None:
     """Draw `view()` until q, Ctrl-C or SIGTERM; the terminal is as before afterwards.
 
     A frame that equals the last one is not sent.

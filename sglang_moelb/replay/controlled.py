@@ -12,6 +12,7 @@ import numpy as np
 from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.controller.quality import DROP_PRIOR, LEVER_PRIOR
+from sglang_moelb.hot_config import without_slots
 from sglang_moelb.replay.cost import Machine
 from sglang_moelb.replay.lossy import capacity
 from sglang_moelb.replay.types import Counts, Outcome, ReplayError
@@ -76,7 +77,8 @@ class Auto:
     """The controller in the loop: its policies act on the passes, and it sees what they do.
 
     A rule with a memory: passes must come in order. Times come from the machine, lost mass from the
-    controller's own prior of a dropped row's mass. Raises `ReplayError` under rule `macs`.
+    controller's own prior of a dropped row's mass. Without the lever downgrade, whose times a
+    machine cannot tell. Raises `ReplayError` under rule `macs`.
     """
 
     def __init__(self, config: Config, topology: Topology, machine: Machine) -> None:
@@ -87,7 +89,7 @@ class Auto:
                 "arm auto: capacity.rule 'macs' needs entropies of tokens, which a trace lacks. "
                 "Replay it with rule 'plain' (--config), and see arm macs."
             )
-        self._controller = Controller(config, topology)
+        self._controller = Controller(without_slots(config), topology)
         self._topology, self._machine = topology, machine
         self._step, self._now_s = 0, 0.0
 

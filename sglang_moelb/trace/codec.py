@@ -46,6 +46,7 @@ class _PassPayload(msgspec.Struct, frozen=True, kw_only=True):
     step_ms: float
     decision: Decision | None = None
     num_missed: int = 0
+    low_rows: bytes = b""  # [L, R] as planes; nothing where the lever downgrade did not act
 
 
 def encode_header(header: Header) -> bytes:
@@ -96,6 +97,7 @@ def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
         step_ms=float(record.step_ms),
         decision=traced.decision,
         num_missed=traced.num_missed,
+        low_rows=b"" if record.low_rows_LR is None else to_planes(record.low_rows_LR),
     )
     return zlib.compress(msgspec.msgpack.encode(payload, enc_hook=_plain), COMPRESSION)
 
@@ -126,6 +128,9 @@ def decode_pass(payload: bytes, topology: Topology) -> TracedPass:
         layer_ms_L=_times(found.layer_ms, num_layers),
         balance_ms=found.balance_ms,
         step_ms=found.step_ms,
+        low_rows_LR=from_planes(found.low_rows, (num_layers, num_ranks))
+        if found.low_rows
+        else None,
     )
     return TracedPass(
         record=record,
@@ -180,6 +185,8 @@ def _check_shapes(traced: TracedPass, topology: Topology) -> None:
         "experts_ms_L": (record.experts_ms_L, (num_layers,)),
         "layer_ms_L": (record.layer_ms_L, (num_layers,)),
     }
+    if record.low_rows_LR is not None:
+        shapes["low_rows_LR"] = (record.low_rows_LR, (num_layers, num_ranks))
     for name, (values, shape) in shapes.items():
         if values.shape != shape:
             raise ValueError(f"pass {record.step}: {name} is {values.shape}, expected {shape}")

@@ -48,8 +48,10 @@ def test_the_fields_that_travel_are_these() -> None:
         "min_batch_tokens",
         "macs_delta",
         "macs_rho",
+        "vision_share",
+        "form",
     )
-    assert NUM_WORDS == 14
+    assert NUM_WORDS == 16
 
 
 def test_every_field_of_a_policy_but_the_reason_travels() -> None:
@@ -77,7 +79,7 @@ def test_the_reason_does_not_travel() -> None:
 
 
 def test_words_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 14 words, found 13"):
+    with pytest.raises(ValueError, match="expected 16 words, found 15"):
         decode(encode(Policy(epoch=0))[:-1], "")
     with pytest.raises(ValueError, match="9 is not a valid Lever"):
         decode((0, 9, *encode(Policy(epoch=0))[2:]), "")

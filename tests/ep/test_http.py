@@ -9,12 +9,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_moelb.config import KNOB_PREFIX, Config, flat, from_numbers, merge, to_numbers
+from sglang_moelb.config import Config, flat, merge
 from sglang_moelb.ep.http import DEAD, Routes
+from sglang_moelb.hot_config import (
+    KNOB_PREFIX,
+    START_KNOBS,
+    as_started,
+    from_numbers,
+    to_numbers,
+)
 
 pytest.importorskip("sglang.srt.managers.io_struct")
 
-START = merge(Config(), {"mode": "observe"})
+START = as_started(merge(Config(), {"mode": "observe"}))
 
 
 class Manager:
@@ -39,7 +46,9 @@ class Manager:
 
     def config(self) -> Config:
         """What the ranks were told last."""
-        return from_numbers({k.removeprefix(KNOB_PREFIX): v for k, v in self.sent[-1].items()})
+        return from_numbers(
+            {k.removeprefix(KNOB_PREFIX): v for k, v in self.sent[-1].items()}, START
+        )
 
 
 @pytest.fixture
@@ -197,5 +206,38 @@ def test_every_knob_can_be_sent_as_sglang_takes_state_updates(routes: Routes) ->
     numbers = to_numbers(START)
     request = SetInternalStateReq(server_args=numbers)
     again = msgspec.msgpack.decode(msgspec.msgpack.encode(request.server_args))
-    assert from_numbers(again) == START
-    assert list(numbers) == list(flat(START))
+    assert from_numbers(again, START) == START
+    assert list(numbers) == [knob for knob in flat(START) if knob not in START_KNOBS]
+
+
+def test_a_server_without_slots_refuses_downgrade_by_name_and_with_the_fix(
+    routes: Routes, manager: Manager
+) -> None:
+    code, answer = change(routes, {"mode": "downgrade"})
+    assert code == 400
+    assert "mode is 'downgrade'" in answer["error"]
+    assert "Restart it with --moelb-mode downgrade or auto" in answer["error"]
+    assert manager.sent == []
+
+
+def test_a_server_with_slots_goes_into_downgrade_and_back(manager: Manager) -> None:
+    routes = Routes(manager, merge(Config(), {"mode": "auto"}))
+    for mode in ("none", "downgrade", "observe", "downgrade"):
+        code, answer = change(routes, {"mode": mode})
+        assert (code, answer["config"]["mode"]) == (200, mode)
+        assert answer["config"]["downgrade"]["slots"] == 2
+
+
+@pytest.mark.parametrize(
+    "section", [{"slots": 1}, {"format": "nvfp4-emulated"}, {"resident_layers": "all"}]
+)
+def test_what_is_allocated_at_start_cannot_change_while_serving(
+    manager: Manager, section: dict[str, Any]
+) -> None:
+    routes = Routes(manager, merge(Config(), {"mode": "downgrade"}))
+    code, answer = change(routes, {"downgrade": section})
+    assert code == 400
+    assert f"downgrade.{next(iter(section))} is " in answer["error"]
+    assert "restart the server with it" in answer["error"]
+    assert manager.sent == []
+    assert change(routes, {"downgrade": {"factor": 1.5, "form": "experts"}})[0] == 200

@@ -13,6 +13,7 @@ from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.build_record import build, rank_rows
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
 from sglang_moelb.ep.shared_counts import SharedCounts
@@ -60,19 +61,25 @@ def one_pass(
         if lever is Lever.NONE:
             ids_L.append(routed.ids_TK)
             continue
+        if lever is Lever.DOWNGRADE:
+            log.plans_L.append(plan_low(routed, agreed, sizes, exchange))
+            ids_L.append(routed.ids_TK)
+            continue
         log.outcomes_L.append(balancer.run(routed, agreed, lever))
         ids_L.append(log.outcomes_L[-1].ids_TC)
     if lever is Lever.NONE:
         counts_RLW, stats_R8 = observe(
             ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
         ), None
+    elif lever is Lever.DOWNGRADE:
+        counts_RLW, stats_R8 = torch.stack([plan.counts_RW for plan in log.plans_L], dim=1), None
     else:
         counts_RLW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1)
         stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
         stats_R8 = exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
     shared = SharedCounts.create(sizes)
     told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[1]), now_s=0.0)
-    arrays = shared.counts_SRLW[told.slot], shared.stats_SR8[told.slot]
+    arrays = [part[told.slot] for part in (shared.counts_SRLW, shared.stats_SR8, shared.low_SLE)]
     return build(told, *arrays, sizes, rank, MASS_PER_TOKEN), ids_L
 
 
@@ -167,7 +174,7 @@ def test_masses_and_row_counts_of_all_ranks_tokens_equal_sums_of_weights(
         assert record.num_dropped_rows == sum(int(g.sum()) for g in gone)
         assert record.num_added_rows == added
         assert (record.moved_mass > 0) == (added > 0)
-        assert (record.lost_mass > 0) == (lever is not Lever.NONE)
+        assert (record.lost_mass > 0) == (lever in (Lever.DROP, Lever.EXPAND))
 
 
 def test_what_is_lost_on_another_rank_alone_is_not_missed(ranks: Ranks) -> None:
@@ -211,11 +218,35 @@ def test_the_ledger_sums_masses_and_shows_shares_of_the_last_pass(ranks: Ranks) 
         ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
     totals, newest = ledger.totals(), ledger.newest()
     assert totals["num_passes"] == totals["num_prefill_passes"] == 70
-    assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70}
+    assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70, "downgrade": 0}
     assert totals["lost_mass"] == pytest.approx(70 * record.lost_mass)
     assert newest["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
     assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
     assert newest["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
+
+
+def test_rows_at_low_precision_are_all_rows_of_the_ranks_that_the_rule_names(ranks: Ranks) -> None:
+    policy = replace(POLICY, lever=Lever.DOWNGRADE, capacity_factor=1.0, vision_share=0.3)
+    _, results = run_pass(ranks, "no-protected", policy)
+    for record, _ in results:
+        assert record.low_rows_LR is not None
+        rows_LRM = record.rows_LEM.reshape(2, 4, -1, 2).sum(axis=2)
+        rows_LR = rows_LRM.sum(axis=2)
+        low_LR = rows_LR * 4 > rows_LR.sum(axis=1, keepdims=True)
+        low_LR &= rows_LRM[..., 1] > 0.3 * rows_LR
+        assert low_LR.any()
+        assert not low_LR.all()
+        assert (record.low_rows_LR == rows_LR * low_LR).all()
+        assert (record.rows_after_LR == rows_LR).all()
+    ledger = Ledger(topology(4))
+    ledger.add(results[0][0], None)  # type: ignore[arg-type]  # effects are not shown
+    one = ledger.newest()
+    ledger.add(run_pass(ranks, "no-protected", POLICY)[1][0][0], None)  # type: ignore[arg-type]
+    other = ledger.newest()
+    assert one["low_ranks"] == [[rank for rank in range(4) if low_LR[at][rank]] for at in (0, 1)]
+    assert one["low_rows_R"] == (rows_LR * low_LR).sum(axis=0).tolist()
+    assert (other["low_ranks"], other["low_rows_R"]) == ([], [])
+    assert ledger.totals()["num_low_rows"] == int((rows_LR * low_LR).sum())
 
 
 def test_inputs_of_the_tests_themselves_are_reproducible() -> None:

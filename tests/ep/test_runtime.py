@@ -7,10 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
-from sglang_moelb.config import KNOB_PREFIX, Config, merge, policy_of, to_numbers
+from sglang_moelb.config import Config, merge, policy_of
 from sglang_moelb.ep import points
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.build_record import build
@@ -21,6 +22,7 @@ from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.shared_counts import SharedCounts
+from sglang_moelb.hot_config import KNOB_PREFIX, to_numbers, without_slots
 from sglang_moelb.types import Lever, Policy
 
 from .layers import NUM_EXPERTS, TOPK, layer_input, topology
@@ -94,7 +96,15 @@ class Clock:
         shared = SharedCounts.create(sizes)
         told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[0]), now_s=0.0)
         self.records.append(
-            build(told, shared.counts_SRLW[0], shared.stats_SR8[0], sizes, 0, mass_per_token=1.0)
+            build(
+                told,
+                shared.counts_SRLW[0],
+                shared.stats_SR8[0],
+                shared.low_SLE[0],
+                sizes,
+                0,
+                mass_per_token=1.0,
+            )
         )
 
     def status(self) -> Any:
@@ -155,7 +165,7 @@ def serve(
     before = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
     runtime.begin_pass(forward_batch(num_tokens, requests))
     after = runtime.before_dispatch(dispatcher, routed.hidden_TD, before)
-    runtime.before_experts()
+    assert runtime.run_experts(None, None) is None
     runtime.after_experts()
     runtime.after_combine()
     runtime.end_pass()
@@ -406,3 +416,64 @@ def test_the_status_names_the_policy_in_words(runtime: Runtime, dispatcher: Disp
     assert status["num_passes"] == 1
     assert status["topology"]["num_experts"] == NUM_EXPERTS
     assert status["seams"]["dispatch"] == 1
+
+
+class Lowering:
+    """The lever downgrade, which only says what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[int]]] = []
+        self.num_forgotten = 0
+
+    def prepare(self, layer: int, low_E: torch.Tensor) -> None:
+        self.asked.append((layer, low_E.tolist()))
+
+    def run(self, layer: Any, dispatch_output: Any) -> Any:
+        return ("low", layer, dispatch_output) if self.asked else None
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
+
+    def told(self) -> dict[str, int]:
+        return {"num_low_layers": len(self.asked)}
+
+
+def test_downgrade_plans_before_the_dispatch_runs_the_experts_and_leaves_routing(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, mirroring: Mirroring
+) -> None:
+    lowering = Lowering()
+    runtime._downgrade = lowering  # type: ignore[assignment]
+    clock.lever = Lever.DOWNGRADE
+    routed = layer_input(40, seed=3)
+    before = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    batch = forward_batch(40, PREFILL)
+    batch.input_ids[:] = 1_000_000
+    runtime.begin_pass(batch)
+    after = runtime.before_dispatch(dispatcher, routed.hidden_TD, before)
+    assert after is before
+    ((layer, low_E),) = lowering.asked
+    assert layer == 0
+    assert sum(low_E) == NUM_EXPERTS // NUM_RANKS, "one of the two ranks is above the mean"
+    assert runtime.run_experts("layer", "rows") == ("low", "layer", "rows")
+    runtime.after_experts()
+    runtime.after_combine()
+    runtime.end_pass()
+    (record,) = clock.records
+    assert record.used_lever is Lever.DOWNGRADE
+    assert record.low_rows_LR is not None
+    assert np.count_nonzero(record.low_rows_LR) == 1
+    assert (record.lost_mass, record.num_dropped_rows) == (0, 0)
+    assert (lowering.num_forgotten, mirroring.num_gathers) == (1, 1)
+    assert runtime.status()["downgrade"] == {"num_low_layers": 1}
+
+
+def test_a_server_without_slots_hands_an_update_to_downgrade_back(
+    runtime: Runtime, clock: Clock
+) -> None:
+    runtime._config = without_slots(START)
+    update = prefixed(to_numbers(merge(START, {"mode": "downgrade"})))
+    assert runtime.take_update(update) == update
+    assert clock.configs == []
+    runtime._config = START
+    assert runtime.take_update(update) == {}
+    assert clock.configs[-1].mode == "downgrade"

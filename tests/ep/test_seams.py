@@ -84,7 +84,7 @@ def test_every_point_is_in_the_table_and_every_row_has_its_point() -> None:
 def test_every_seam_has_a_hook_and_every_hook_a_seam() -> None:
     assert set(hooks.HOOKS) == set(BY_NAME)
     for name, (kind, hook) in hooks.HOOKS.items():
-        assert kind in ("BEFORE", "AFTER")
+        assert kind in ("BEFORE", "AFTER", "AROUND")
         assert f"points.{BY_NAME[name].point}(" in inspect.getsource(hook)
 
 
@@ -94,8 +94,23 @@ def test_a_hook_can_be_called_with_the_parameters_of_its_seam(seam: Seam) -> Non
     arguments = list(seam.params)
     if seam.name == "flags":  # a static method
         assert arguments == ["parser"]
-    given = [*(["result"] if kind == "AFTER" else []), *arguments]
+    given = [*{"AFTER": ["result"], "AROUND": ["original"]}.get(kind, []), *arguments]
     inspect.signature(hook).bind(*given)
+
+
+def test_experts_run_in_sglang_to_the_bit_unless_the_lever_runs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, hook = hooks.HOOKS["experts"]
+    layer, rows, stock, ours = object(), object(), object(), object()
+
+    def original(*args: object) -> object:
+        assert args == (layer, rows)
+        return stock
+
+    assert hook(original, layer, dispatch_output=rows) is stock
+    monkeypatch.setattr(points, "run_experts", lambda *args: ours if args == (layer, rows) else 0)
+    assert hook(original, layer, rows) is ours
 
 
 def test_the_table_names_exactly_the_patches_that_call_us() -> None:
@@ -152,7 +167,7 @@ def make_half_patched(copy: Path, seam: Seam) -> None:
     if form_of(check(copy)) == "patch":
         edit(copy, seam, lambda t: t.replace(f"moelb_points.{seam.point}(", "len("))
     else:
-        line = "\n    def experts_are_next(self):\n        moelb_points.before_experts(self)\n"
+        line = "\n    def experts_are_next(self):\n        moelb_points.run_experts(self)\n"
         body = r"(def run_moe_core\(self, [^\n]*\n)"
         edit(copy, seam, lambda t: re.sub(body, r"\1" + line.split("\n")[2] + "\n", t))
 
@@ -235,7 +250,7 @@ def test_points_do_nothing_while_no_runtime_is_attached() -> None:
     assert points.attached() is None
     output, rows = object(), object()
     assert points.before_dispatch(None, None, output) is output
-    assert points.before_experts(None, rows) is rows
+    assert points.run_experts(None, rows) is None
     state: dict[str, object] = {}
     points.add_internal_state(state)
     for point in (points.new_batch, points.begin_pass):

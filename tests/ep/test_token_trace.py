@@ -79,7 +79,7 @@ class World:
             routed = layer_input(num_tokens, seed=seed + layer)
             output = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
             self.runtime.before_dispatch(dispatcher, routed.hidden_TD, output)
-            self.runtime.before_experts()
+            self.runtime.run_experts(None, None)
             self.runtime.after_experts()
             self.runtime.after_combine()
         self.runtime.end_pass()

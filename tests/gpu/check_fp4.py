@@ -191,7 +191,8 @@ def check_all_rows(small: bool) -> None:
         check_rows(x_TK, x_TK.cuda(), f"{shape}")
     if small:
         return
-    num_rows, stride = 4096, INT32_LIMIT // 4096 + 64
+    num_rows = 4096
+    stride = INT32_LIMIT // (num_rows - 1) // 64 * 64 + 128
     far = torch.empty(num_rows * stride, dtype=torch.bfloat16, device="cuda")
     far_TK = far.view(num_rows, stride)[:, 32 : 32 + 2048]
     x_TK = random_values((num_rows, 2048), seed=5)

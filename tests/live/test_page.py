@@ -120,7 +120,7 @@ def test_the_page_draws_under_a_strict_policy_of_a_proxy(tmp_path: Path) -> None
     [
         ({"num_passes": 0}, "No prefill pass recorded yet"),
         ({"state": "dead"}, "the server serves in mode none"),
-        ({"num_ranks": 4, "idle_rank": True}, "1 ranks without tokens"),
+        ({"num_ranks": 4, "idle_rank": True}, "1 rank without tokens"),
         ({"spent_share": 0.06, "extras": False}, "6.00 %"),
     ],
 )

@@ -19,10 +19,12 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
 from sglang_moelb.ep.standin.experts import ACTIVATIONS, run_experts
+from sglang_moelb.ep.standin.low_experts import Fp8Experts, run_experts_fp8
+from sglang_moelb.kernels.fp8 import GROUP
 
 
 class ReferenceRunnerCore(DispatchMoeRunnerCore):
-    """Runs the experts of a DeepEP normal dispatch on the host, unquantised weights only."""
+    """Runs the experts of a DeepEP normal dispatch on the host, in the precision of the weights."""
 
     def __init__(self, config: MoeRunnerConfig) -> None:
         super().__init__(config)
@@ -41,22 +43,48 @@ class ReferenceRunnerCore(DispatchMoeRunnerCore):
         hooks: object = None,
     ) -> CombineInput:
         """From the rows of `dispatch` to the rows for `combine`, same order and dtype."""
-        if not dispatch_output.format.is_deepep_normal() or quant_info.use_fp8:
+        low = quant_info.w13_weight.dtype is torch.float8_e4m3fn
+        if not dispatch_output.format.is_deepep_normal() or quant_info.use_fp8 != low:
             raise NotImplementedError(
                 f"stand-in: format {dispatch_output.format.value}, use_fp8={quant_info.use_fp8}: "
-                "only --deepep-mode normal with unquantised dispatch runs on CPU"
+                "only --deepep-mode normal with unquantised dispatch runs on CPU, and rows and "
+                "weights in float8"
             )
-        hidden_states = run_experts(
-            dispatch_output.hidden_states,
-            dispatch_output.topk_ids,
-            dispatch_output.topk_weights,
-            quant_info.w13_weight,
-            quant_info.w2_weight,
-            runner_config.activation,
-        )
+        hidden_states = (_run_fp8 if low else _run)(dispatch_output, quant_info, runner_config)
         return DeepEPNormalCombineInput(
             hidden_states, dispatch_output.topk_ids, dispatch_output.topk_weights
         )
+
+
+def _run(dispatch_output: Any, quant_info: Any, config: MoeRunnerConfig) -> torch.Tensor:
+    return run_experts(
+        dispatch_output.hidden_states,
+        dispatch_output.topk_ids,
+        dispatch_output.topk_weights,
+        quant_info.w13_weight,
+        quant_info.w2_weight,
+        config.activation,
+    )
+
+
+def _run_fp8(dispatch_output: Any, quant_info: Any, config: MoeRunnerConfig) -> torch.Tensor:
+    if config.activation != "silu" or quant_info.block_shape != [GROUP, GROUP]:
+        raise NotImplementedError(
+            f"stand-in: activation {config.activation}, block_shape {quant_info.block_shape}: in "
+            f"float8 only silu with blocks of {GROUP}x{GROUP} runs on CPU"
+        )
+    return run_experts_fp8(
+        dispatch_output.hidden_states,
+        dispatch_output.hidden_states_scale,
+        dispatch_output.topk_ids,
+        dispatch_output.topk_weights,
+        Fp8Experts(
+            w13_eJH=quant_info.w13_weight,
+            w13_scale=quant_info.w13_scale,
+            w2_eHI=quant_info.w2_weight,
+            w2_scale=quant_info.w2_scale,
+        ),
+    )
 
 
 def moe_forward_native(

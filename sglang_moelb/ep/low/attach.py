@@ -1,0 +1,205 @@
+"""Start of the lever downgrade: whether this server can have it, its memory, and its warm-up.
+
+Runs when the model has been loaded, before SGLang sizes its KV cache.
+
+Shape letters: N rows, K top-k.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_moelb.config import Config
+from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.low.flags import HostFlags
+from sglang_moelb.ep.low.lanes import lanes_of
+from sglang_moelb.ep.low.lever import DowngradeLever
+from sglang_moelb.ep.low.staging import Staging
+from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes
+from sglang_moelb.hot_config import DOWNGRADE_MODES, without_slots
+
+logger = logging.getLogger("sglang_moelb")
+
+HOPPER = 9
+
+
+def attach_downgrade(
+    model_runner: Any, config: Config, rank: int, group: Any
+) -> tuple[Config, DowngradeLever | None, MemoryLedger]:
+    """The configuration in force, the lever or None, and the memory held, of this rank.
+
+    Mode downgrade ends the process where it is not possible; mode auto goes on without it and says
+    why. Every rank of the EP `group` must come here with the same configuration.
+    """
+    if config.mode not in DOWNGRADE_MODES or not config.downgrade.slots:
+        if config.mode == "downgrade":
+            _refuse("downgrade.slots 0", "there is no room to convert weights into; use 1 or 2")
+        return without_slots(config), None, MemoryLedger()
+    layers = expert_layers(model_runner.model)
+    refusal = refusal_of(config, layers)
+    if refusal:
+        if config.mode == "downgrade":
+            _refuse(*refusal)
+        logger.warning(
+            "sglang_moelb: mode auto goes without downgrade: %s: %s. Set downgrade.slots to 0 to "
+            "leave it out without this line.",
+            *refusal,
+        )
+        return without_slots(config), None, MemoryLedger()
+    resident = layers_named(config.downgrade.resident_layers, len(layers))
+    device = layers[0].w13_weight.device
+    staging = Staging(
+        layers, num_slots=config.downgrade.slots, resident=resident, lanes=lanes_of(device)
+    )
+    if device.type == "cuda":
+        warm_up(layers[0], staging, group)
+    ledger = _ledger(model_runner, staging)
+    logger.info("sglang_moelb: %s", ledger.line())
+    flags = HostFlags(len(layers[0].w13_weight), device)
+    return config, DowngradeLever(layers, rank, staging, flags), ledger
+
+
+def expert_layers(model: torch.nn.Module) -> list[Any]:
+    """SGLang's MoE layers, in the order of a forward pass."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return [module for module in model.modules() if isinstance(module, FusedMoE)]
+
+
+def layers_named(text: str, num_layers: int) -> frozenset[int]:
+    """The layers of `downgrade.resident_layers`; ends the process for one that is not there."""
+    if text == "all":
+        return frozenset(range(num_layers))
+    named: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        named |= set(range(int(first), int(last or first) + 1))
+    if named and max(named) >= num_layers:
+        _refuse(
+            f"downgrade.resident_layers {text!r}",
+            f"the model has the MoE layers 0 to {num_layers - 1}",
+        )
+    return frozenset(named)
+
+
+def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
+    """What keeps this server from downgrading, and why; None where nothing does."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+    from sglang.srt.runtime_context import get_lora
+
+    layer, downgrade = layers[0], config.downgrade
+    if downgrade.format != "fp8":
+        return f"downgrade.format {downgrade.format}", "this version has no kernels for it; use fp8"
+    if not all(isinstance(one.quant_method, UnquantizedFusedMoEMethod) for one in layers):
+        method = type(layer.quant_method).__name__
+        return (
+            f"experts of {method}",
+            "a quantised checkpoint has no lower precision to go to: on Hopper fp8 is the lowest "
+            "that computes. Serve the bfloat16 checkpoint, without --quantization",
+        )
+    if get_lora().enable_lora or get_lora().lora_paths:
+        return "--enable-lora", "adapters are added at one precision; leave the flag out"
+    runner = layer.quant_method.runner
+    if not runner.runner_backend.is_deep_gemm():
+        return (
+            f"--moe-runner-backend {runner.runner_backend.value}",
+            "only deep_gemm takes another precision with each call; use deep_gemm",
+        )
+    shapes = {(*one.w13_weight.shape, *one.w2_weight.shape[1:]) for one in layers}
+    if len(shapes) != 1 or any(size % fp8.BLOCK for size in next(iter(shapes))[1:]):
+        return (
+            f"experts of shapes {sorted(shapes)}",
+            f"they must be equal in all layers, and hidden and expert size multiples of "
+            f"{fp8.BLOCK}, as fp8's blocks are",
+        )
+    return _dispatch_refusal(layer) or _device_refusal(layer)
+
+
+def _dispatch_refusal(layer: Any) -> tuple[str, str] | None:
+    for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
+        normal = getattr(dispatcher, "_normal_dispatcher", None)
+        if normal is None:
+            return "--deepep-mode low_latency", "decode is never lowered; use mode none for it"
+        if normal.use_fp8 or normal.use_mxfp4 or normal.use_mxfp8 or normal.use_nvfp4:
+            return (
+                f"dispatch of {normal.deepep_output_dtype.name}",
+                "rows must arrive at the model's precision; use "
+                "--deepep-dispatcher-output-dtype bf16",
+            )
+    return None
+
+
+def _device_refusal(layer: Any) -> tuple[str, str] | None:
+    weight = layer.w13_weight
+    if not weight.is_cuda:
+        return None
+    if weight.dtype != torch.bfloat16:
+        return f"--dtype {weight.dtype}", "weights are converted from bfloat16; use bfloat16"
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability[0] != HOPPER:
+        return (
+            f"a GPU of compute capability {capability[0]}.{capability[1]}",
+            "fp8 with 128x128 blocks is written for Hopper (9.0)",
+        )
+    return None
+
+
+def warm_up(layer: Any, staging: Staging, group: Any) -> None:
+    """Compile what both precisions need, on all ranks, before requests come.
+
+    The first downgrade would else stall the other ranks into DeepEP's timeout. Two runs of 128 rows
+    of one expert, through SGLang's runner; DeepGEMM compiles all sizes on the first rank of a host
+    and the others wait at the end. Slot 0 holds zeros.
+    """
+    dispatch_output = _some_rows(layer)
+    layer.quant_method.apply(layer=layer, dispatch_output=dispatch_output)
+    wanted_e = torch.zeros(len(layer.w13_weight), dtype=torch.int32, device="cuda")
+    staging.convert(0, wanted_e)
+    fp8.run(layer, fp8.quantised(_some_rows(layer)), staging.ready(0))
+    staging.done(0)
+    torch.cuda.synchronize()
+    dist.barrier(group=group.cpu_group)
+
+
+def _some_rows(layer: Any) -> Any:
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
+
+    weight = layer.w13_weight
+    num_experts, _, hidden_size = weight.shape
+    ids_NK = torch.full((fp8.BLOCK, layer.top_k), -1, dtype=torch.int64, device=weight.device)
+    ids_NK[:, 0] = 0
+    return DeepEPNormalDispatchOutput(
+        hidden_states=torch.zeros(
+            fp8.BLOCK, hidden_size, dtype=weight.dtype, device=weight.device
+        ),
+        hidden_states_scale=None,
+        topk_ids=ids_NK,
+        topk_weights=torch.ones(ids_NK.shape, dtype=torch.float32, device=weight.device),
+        num_recv_tokens_per_expert=[fp8.BLOCK] + [0] * (num_experts - 1),
+    )
+
+
+def _ledger(model_runner: Any, staging: Staging) -> MemoryLedger:
+    from sglang.srt.runtime_context import get_model, get_parallel
+
+    return MemoryLedger(
+        staging_bytes=staging.staging_bytes,
+        resident_bytes=staging.resident_bytes,
+        kv_token_bytes=kv_token_bytes(
+            model_runner.model_config,
+            attn_tp_size=get_parallel().attn_tp_size,
+            kv_cache_dtype=str(get_model().kv_cache_dtype),
+        ),
+    )
+
+
+def _refuse(what: str, why: str) -> None:
+    sys.exit(
+        f"sglang_moelb: {what} cannot be downgraded: {why}. Or start in another --moelb-mode."
+    )

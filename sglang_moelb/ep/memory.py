@@ -1,0 +1,74 @@
+"""The memory ledger: what we hold on this rank, and how many tokens the KV cache lost to it.
+
+It is held before SGLang sizes its KV cache from what is left. DeepEP's buffers come with the first
+dispatch, after that, and cost the KV cache nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLedger:
+    """Bytes by what they are for; `kv_token_bytes` is what a token takes in the KV cache."""
+
+    staging_bytes: int = 0
+    resident_bytes: int = 0
+    replicas_bytes: int = 0
+    kv_token_bytes: int = 0
+
+    @property
+    def kv_tokens_lost(self) -> int:
+        """Tokens of this rank's KV cache for which there is no room, rounded up."""
+        held = self.staging_bytes + self.resident_bytes + self.replicas_bytes
+        return -(-held // self.kv_token_bytes) if self.kv_token_bytes else 0
+
+    def told(self) -> dict[str, int]:
+        """As the status has it, with DeepEP's buffers as far as they exist."""
+        return {
+            "staging_bytes": self.staging_bytes,
+            "resident_bytes": self.resident_bytes,
+            "replicas_bytes": self.replicas_bytes,
+            "deepep_bytes": deepep_bytes(),
+            "kv_tokens_lost": self.kv_tokens_lost,
+        }
+
+    def line(self) -> str:
+        """For the log at start."""
+        mib = 1 << 20
+        return (
+            f"memory of this rank: {self.staging_bytes / mib:.0f} MiB staging, "
+            f"{self.resident_bytes / mib:.0f} MiB resident low-precision copies, "
+            f"{self.replicas_bytes / mib:.0f} MiB replicas; "
+            f"the KV cache has {self.kv_tokens_lost} tokens less"
+        )
+
+
+def deepep_bytes() -> int:
+    """Memory of DeepEP's buffers on this rank; 0 before the first dispatch."""
+    from sglang.srt.runtime_context import get_resources
+
+    state = get_resources().buffers.get("deepep_ep_state")
+    buffer = getattr(state, "buffer", None)
+    return sum(int(getattr(buffer, name, 0)) for name in ("num_nvl_bytes", "num_rdma_bytes"))
+
+
+def kv_token_bytes(model_config: Any, *, attn_tp_size: int, kv_cache_dtype: str) -> int:
+    """What a token takes in a rank's KV cache: all layers, keys and values, or MLA's latent rows.
+
+    Runs at load, on the host. Without the scales that fp4 caches hold beside.
+    """
+    item_bytes = torch.empty((), dtype=model_config.dtype).element_size()
+    if kv_cache_dtype.startswith("fp8"):
+        item_bytes = 1
+    text = model_config.hf_text_config
+    if getattr(text, "kv_lora_rank", None):
+        width = text.kv_lora_rank + text.qk_rope_head_dim
+    else:
+        heads = model_config.get_num_kv_heads(attn_tp_size)
+        width = heads * (model_config.head_dim + model_config.v_head_dim)
+    return int(width * model_config.num_hidden_layers * item_bytes)

@@ -1,0 +1,97 @@
+"""What of a configuration can change while a server runs, and how it travels to the ranks.
+
+SGLang's state update carries numbers. Knobs that decide about memory hold from start to end and do
+not travel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang_moelb.config import Config, ConfigError, flat, parse
+from sglang_moelb.words import CHOICES
+
+# Memory is allocated by these before SGLang sizes its KV cache, in these modes.
+START_KNOBS = ("downgrade.format", "downgrade.slots", "downgrade.resident_layers")
+DOWNGRADE_MODES = ("downgrade", "auto")
+KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
+
+
+def to_numbers(config: Config) -> dict[str, int | float]:
+    """`config` as the numbers that SGLang's state update can carry; words become indices.
+
+    Without `START_KNOBS`, which no update can change.
+    """
+    return {
+        k: CHOICES[k].index(v) if k in CHOICES else v
+        for k, v in flat(config).items()
+        if k not in START_KNOBS
+    }
+
+
+def from_numbers(numbers: dict[str, int | float], start: Config | None = None) -> Config:
+    """Inverse of `to_numbers`, with the `START_KNOBS` of `start`. Raises `ConfigError`."""
+    tree: dict[str, Any] = {"downgrade": start_knobs(start or Config())}
+    for name, value in numbers.items():
+        if name not in _KNOBS or name in START_KNOBS:
+            known = ", ".join(k for k in _KNOBS if k not in START_KNOBS)
+            raise ConfigError(f"moelb config: unknown knob {name!r}. Known: {known}")
+        *sections, key = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = _word(name, value)
+    return parse(tree)
+
+
+def as_started(config: Config) -> Config:
+    """`config` as a server that starts with it has it: no slots where its mode needs none."""
+    return config if config.mode in DOWNGRADE_MODES else without_slots(config)
+
+
+def without_slots(config: Config) -> Config:
+    """`config` for a server that has allocated nothing for the lever downgrade."""
+    return msgspec.structs.replace(
+        config, downgrade=msgspec.structs.replace(config.downgrade, slots=0)
+    )
+
+
+def refuse_change(before: Config, wanted: Config) -> None:
+    """Raise `ConfigError` where a server with `before`, as started, cannot change to `wanted`."""
+    old, new = flat(before), flat(wanted)
+    for name in START_KNOBS:
+        if new[name] != old[name]:
+            raise ConfigError(
+                f"moelb config: {name} is {new[name]!r}: it decides about memory at start, where "
+                f"it was {old[name]!r}. Leave it out, or restart the server with it"
+            )
+    if wanted.mode == "downgrade" and not before.downgrade.slots:
+        raise ConfigError(
+            "moelb config: mode is 'downgrade': this server has no memory for low-precision "
+            "weights. Restart it with --moelb-mode downgrade or auto, and downgrade.slots above 0; "
+            "the log of the start says if the model does not allow it"
+        )
+
+
+def start_knobs(config: Config) -> dict[str, Any]:
+    """The part of section `downgrade` that holds from start to end, by key."""
+    knobs = flat(config)
+    return {name.partition(".")[2]: knobs[name] for name in START_KNOBS}
+
+
+def _word(name: str, value: int | float) -> Any:
+    """The value of knob `name` that travelled as the number `value`."""
+    if name not in CHOICES:
+        return bool(value) if isinstance(_KNOBS[name], bool) else value
+    words = CHOICES[name]
+    if value not in range(len(words)):
+        raise ConfigError(
+            f"moelb config: {name} is number {value}; use 0 to {len(words) - 1} for "
+            f"{', '.join(words)}"
+        )
+    return words[int(value)]
+
+
+_KNOBS = flat(Config())

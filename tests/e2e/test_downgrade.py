@@ -1,0 +1,192 @@
+"""The lever downgrade on a real server: who is lowered, and that all others are served alike."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from .conftest import Serve, Server
+from .talk import (
+    CROWD_IMAGE,
+    IMAGE,
+    NO_CACHE,
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    NUM_RANKS,
+    SETTINGS,
+    TEXT,
+    TWO_IMAGES,
+    Said,
+    call,
+    change,
+    passes_of,
+    say,
+    say_together,
+    status,
+)
+
+pytestmark = pytest.mark.e2e
+
+RULE = {"factor": 1.0, "vision_share": 0.2, "form": "rank"}
+LOW = {"mode": "downgrade", "downgrade": RULE}
+FLAGS = (
+    *NO_CACHE,
+    "--moelb-mode", "downgrade", "--moelb-config", json.dumps({**SETTINGS, "downgrade": RULE}),
+)  # fmt: skip
+HIDDEN, INNER = 128, 256  # of the demo models' experts
+
+
+@pytest.fixture
+def server(serve: Serve) -> Server:
+    """A server with slots, in mode none."""
+    server = serve("vl", *FLAGS)
+    change(server, {"mode": "none", **SETTINGS})
+    return server
+
+
+def said_under(
+    server: Server, changes: dict[str, Any], prompt: Any, **asked: Any
+) -> tuple[Said, list[dict[str, Any]]]:
+    """What the server says after `changes`, and the passes that took."""
+    change(server, changes)
+    said: list[Said] = []
+    passes = passes_of(server, lambda: said.append(say(server, prompt, **asked)))
+    return said[0], passes
+
+
+def apart(one: Said, other: Said) -> float:
+    """Mean distance of the prompt's log-probabilities."""
+    pairs = [
+        (a, b)
+        for a, b in zip(one.prompt_logprobs, other.prompt_logprobs, strict=True)
+        if a is not None and b is not None
+    ]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def test_a_hot_rank_of_images_is_lowered_and_answers_stay_close(server: Server) -> None:
+    exact, before = said_under(server, {"mode": "none"}, IMAGE)
+    assert all(one["low_ranks"] == [] for one in before)
+    lowered, passes = said_under(server, LOW, IMAGE)
+    (one,) = [p for p in passes if p["lever"] == "downgrade"]
+    assert one["phase"] == "prefill"
+    assert len(one["low_ranks"]) == NUM_LAYERS
+    assert any(one["low_ranks"])
+    assert all(len(ranks) <= NUM_RANKS - 1 for ranks in one["low_ranks"]), "not all are above"
+    assert 0 < sum(one["low_rows_R"]) < sum(one["rows_before_R"])
+    assert one["rows_after_R"] == one["rows_before_R"], "routing stays"
+    assert one["lost_share"] == 0
+    assert lowered != exact
+    assert apart(lowered, exact) < 0.25
+
+
+@pytest.mark.parametrize("form", ["experts", "fewest"])
+def test_the_other_forms_lower_no_more_than_the_rank(server: Server, form: str) -> None:
+    whole = said_under(server, LOW, IMAGE)[1][0]
+    exact = said_under(server, {"mode": "none"}, IMAGE)[0]
+    said, passes = said_under(server, {**LOW, "downgrade": {**RULE, "form": form}}, IMAGE)
+    assert 0 < sum(passes[0]["low_rows_R"]) <= sum(whole["low_rows_R"])
+    assert said != exact
+    assert apart(said, exact) < 0.25
+
+
+def test_text_is_never_lowered_and_answered_to_the_bit(server: Server) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, TEXT)
+    said, passes = said_under(server, LOW, TEXT)
+    assert [p["lever"] for p in passes] == ["downgrade"]
+    assert passes[0]["low_ranks"] == []
+    assert max(passes[0]["balance_before_L"]) > 1, "a rank was above the mean"
+    assert said == exact
+
+
+def test_nothing_is_lowered_below_the_factor_and_answers_are_equal_to_the_bit(
+    server: Server,
+) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE)
+    # of two ranks none can have more than twice the mean
+    changes = {**LOW, "downgrade": {**RULE, "factor": 2.0}}
+    said, passes = said_under(server, changes, IMAGE)
+    assert passes[0]["lever"] == "downgrade"
+    assert passes[0]["low_ranks"] == []
+    assert said == exact
+
+
+def test_a_request_that_refuses_is_computed_at_the_models_precision(server: Server) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE)
+    refusal = {"moelb_lossy": False}
+    said, passes = said_under(server, LOW, IMAGE, custom_params=refusal)
+    assert passes[0]["lever"] == "downgrade"
+    assert passes[0]["low_ranks"] == []
+    assert said == exact
+
+
+def test_decode_is_never_lowered(server: Server) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, TWO_IMAGES, num_tokens=8)
+    gate = {**LOW, "capacity": {"min_batch_tokens": 4096}}  # the prompt is below it
+    said, passes = said_under(server, gate, TWO_IMAGES, num_tokens=8)
+    assert "below min_batch_tokens" in passes[0]["gate_reason"]
+    assert {one["phase"] for one in passes} == {"prefill"}
+    assert said == exact
+
+
+def test_the_memory_that_is_held_is_told_with_what_it_costs(server: Server) -> None:
+    weights = NUM_EXPERTS // NUM_RANKS * (2 * INNER * HIDDEN + HIDDEN * INNER)
+    memory = status(server)["memory"]
+    assert memory["staging_bytes"] == 2 * (weights + weights // 128**2 * 4)
+    assert (memory["resident_bytes"], memory["replicas_bytes"]) == (0, 0)
+    assert memory["kv_tokens_lost"] > 0
+    assert "MiB staging" in server.log.read_text()
+    code, answer = call(server, "/moelb/config", {"downgrade": {"slots": 1}})
+    assert code == 400
+    assert "restart the server with it" in answer["error"]
+
+
+def test_a_crowd_is_served_and_the_budget_ends_it(server: Server) -> None:
+    change(server, LOW)
+    passes = passes_of(server, lambda: say_together(server, [CROWD_IMAGE, TEXT] * 3))
+    assert any(sum(one["low_rows_R"]) for one in passes)
+    assert status(server)["downgrade"]["num_host_waits"] == 0
+    change(server, {**LOW, "controller": {"downgrade_budget": 0.0}})
+    passes = passes_of(server, lambda: say(server, IMAGE))
+    assert [one["lever"] for one in passes] == ["none"]
+    assert "downgrade_budget is 0" in status(server)["controller"]["last_decision"]["reason"]
+    change(server, {"controller": {"downgrade_budget": 1.0}})
+
+
+@pytest.mark.parametrize(
+    "num_switches", [20, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_switching_under_load_gives_the_answers_of_one_mode_or_the_other_and_no_third(
+    server: Server, num_switches: int
+) -> None:
+    known = {
+        mode: [said_under(server, changes, prompt)[0] for prompt in (IMAGE, TEXT)]
+        for mode, changes in (("none", {"mode": "none"}), ("downgrade", LOW))
+    }
+    assert known["none"][0] != known["downgrade"][0]
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def switch() -> None:
+        for turn in range(num_switches):
+            mode = ("downgrade", "none")[turn % 2]
+            codes.append(call(server, "/moelb/config", {"mode": mode})[0])
+        ended.set()
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    seen = {"none": 0, "downgrade": 0}
+    while not ended.is_set() or min(seen.values()) == 0:
+        for at, prompt in enumerate((IMAGE, TEXT)):
+            said = say(server, prompt)
+            assert said in (known["none"][at], known["downgrade"][at])
+            if at == 0:
+                seen["none" if said == known["none"][0] else "downgrade"] += 1
+        if ended.is_set():
+            call(server, "/moelb/config", {"mode": min(seen, key=lambda mode: seen[mode])})
+    switching.join()
+    assert codes == [200] * num_switches
+    assert status(server)["controller"]["state"] == "running"

@@ -1,0 +1,200 @@
+"""Laws of the start of the lever downgrade: what is refused, what is held, and who goes without."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_moelb.config import Config, merge
+from sglang_moelb.ep.low import attach
+from sglang_moelb.ep.low.attach import attach_downgrade, layers_named, refusal_of
+from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes
+
+unquant = pytest.importorskip("sglang.srt.layers.quantization.unquant")
+DOWNGRADE = merge(Config(), {"mode": "downgrade"})
+AUTO = merge(Config(), {"mode": "auto"})
+
+
+def make_layer(hidden: int = 128, inner: int = 256, num_experts: int = 4) -> Any:
+    """A MoE layer of SGLang's, as far as the start asks it."""
+    method = object.__new__(unquant.UnquantizedFusedMoEMethod)
+    torch.nn.Module.__init__(method)
+    method.runner = SimpleNamespace(
+        runner_backend=SimpleNamespace(value="deep_gemm", is_deep_gemm=lambda: True)
+    )
+    normal = SimpleNamespace(
+        use_fp8=False, use_mxfp4=False, use_mxfp8=False, use_nvfp4=False,
+        deepep_output_dtype=SimpleNamespace(name="BF16"),
+    )  # fmt: skip
+    return SimpleNamespace(
+        w13_weight=torch.zeros(num_experts, 2 * inner, hidden, dtype=torch.bfloat16),
+        w2_weight=torch.zeros(num_experts, hidden, inner, dtype=torch.bfloat16),
+        quant_method=method,
+        dispatcher=SimpleNamespace(_inners=[SimpleNamespace(_normal_dispatcher=normal)]),
+        top_k=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's adapters: none."""
+    given = SimpleNamespace(enable_lora=False, lora_paths=None)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_lora", lambda: given)
+    return given
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that a model is found to have."""
+    found = [make_layer() for _ in range(3)]
+    monkeypatch.setattr(attach, "expert_layers", lambda model: found)
+    monkeypatch.setattr(
+        attach,
+        "_ledger",
+        lambda model_runner, staging: MemoryLedger(
+            staging_bytes=staging.staging_bytes,
+            resident_bytes=staging.resident_bytes,
+            kv_token_bytes=1000,
+        ),
+    )
+    return found
+
+
+RUNNER = SimpleNamespace(model=None)
+
+
+def quantised(layers: list[Any]) -> None:
+    layers[1].quant_method = SimpleNamespace()
+    layers[0].quant_method = layers[1].quant_method
+
+
+def with_lora(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_lora
+
+    get_lora().enable_lora = True
+
+
+def with_runner(layers: list[Any]) -> None:
+    layers[0].quant_method.runner.runner_backend = SimpleNamespace(
+        value="triton", is_deep_gemm=lambda: False
+    )
+
+
+def with_sizes(layers: list[Any]) -> None:
+    layers[2] = layers[1] = layers[0] = make_layer(inner=192)
+
+
+def with_unequal(layers: list[Any]) -> None:
+    layers[2] = make_layer(inner=128)
+
+
+def with_dispatch(layers: list[Any]) -> None:
+    normal = layers[0].dispatcher._inners[0]._normal_dispatcher
+    normal.use_fp8, normal.deepep_output_dtype = True, SimpleNamespace(name="FP8")
+
+
+def in_decode_role(layers: list[Any]) -> None:
+    layers[0].dispatcher._inners = [SimpleNamespace()]
+
+
+WRONG = [
+    (quantised, ["experts of SimpleNamespace", "on Hopper fp8 is the lowest", "--quantization"]),
+    (with_lora, ["--enable-lora", "leave the flag out"]),
+    (with_runner, ["--moe-runner-backend triton", "use deep_gemm"]),
+    (with_sizes, ["(4, 384, 128, 128, 192)", "multiples of 128"]),
+    (with_unequal, ["equal in all layers"]),
+    (with_dispatch, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
+    (in_decode_role, ["--deepep-mode low_latency", "decode is never lowered"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=lambda x: getattr(x, "__name__", ""))
+def test_downgrade_ends_the_start_by_name_and_auto_goes_on_without_it(
+    layers: list[Any], caplog: pytest.LogCaptureFixture, spoil: Any, expected: list[str]
+) -> None:
+    spoil(layers)
+    with pytest.raises(SystemExit) as ended:
+        attach_downgrade(RUNNER, DOWNGRADE, 0, None)
+    message = str(ended.value)
+    assert message.startswith("sglang_moelb: ")
+    assert all(part in message for part in expected), message
+    with caplog.at_level(logging.WARNING, logger="sglang_moelb"):
+        config, lever, memory = attach_downgrade(RUNNER, AUTO, 0, None)
+    assert (config.downgrade.slots, lever, memory) == (0, None, MemoryLedger())
+    assert config.mode == "auto"
+    assert "mode auto goes without downgrade" in caplog.text
+    assert all(part in caplog.text for part in expected)
+
+
+@pytest.mark.parametrize("name", ["nvfp4-emulated", "mxfp4-emulated"])
+def test_formats_without_kernels_are_refused(layers: list[Any], name: str) -> None:
+    config = merge(DOWNGRADE, {"downgrade": {"format": name}})
+    refusal = refusal_of(config, layers)
+    assert refusal
+    assert name in refusal[0]
+
+
+def test_mode_downgrade_without_slots_is_refused(layers: list[Any]) -> None:
+    with pytest.raises(SystemExit, match=r"downgrade\.slots 0 .*use 1 or 2"):
+        attach_downgrade(RUNNER, merge(DOWNGRADE, {"downgrade": {"slots": 0}}), 0, None)
+
+
+@pytest.mark.parametrize("mode", ["none", "observe", "drop", "expand"])
+def test_other_modes_hold_nothing(layers: list[Any], mode: str) -> None:
+    config, lever, memory = attach_downgrade(RUNNER, merge(Config(), {"mode": mode}), 0, None)
+    assert lever is None
+    assert config.downgrade.slots == 0
+    assert memory.kv_tokens_lost == 0
+
+
+@pytest.mark.parametrize("config", [DOWNGRADE, AUTO], ids=["downgrade", "auto"])
+@pytest.mark.parametrize(("resident", "num_kept"), [("", 0), ("1", 1), ("0-1", 2), ("all", 3)])
+def test_slots_and_copies_are_held_and_told(
+    layers: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    config: Config,
+    resident: str,
+    num_kept: int,
+) -> None:
+    config = merge(config, {"downgrade": {"resident_layers": resident, "slots": 1}})
+    with caplog.at_level(logging.INFO, logger="sglang_moelb"):
+        started, lever, memory = attach_downgrade(RUNNER, config, 0, None)
+    assert started == config
+    assert lever is not None
+    assert lever.told() == {"num_low_layers": 0, "num_host_waits": 0}
+    one = 4 * 3 * 256 * 128
+    one += one // 128**2 * 4
+    assert (memory.staging_bytes, memory.resident_bytes) == (one, num_kept * one)
+    assert memory.kv_tokens_lost == -(-(1 + num_kept) * one // 1000)
+    assert f"the KV cache has {memory.kv_tokens_lost} tokens less" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("", []), ("all", [0, 1, 2, 3]), ("2", [2]), ("0,2-3", [0, 2, 3])]
+)
+def test_layers_are_named_one_by_one_or_in_runs(text: str, named: list[int]) -> None:
+    assert sorted(layers_named(text, 4)) == named
+
+
+def test_a_layer_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(SystemExit, match=r"resident_layers '2-4' .* MoE layers 0 to 3"):
+        layers_named("2-4", 4)
+
+
+def test_a_token_of_the_kv_cache_is_all_layers_keys_and_values() -> None:
+    model = SimpleNamespace(
+        dtype=torch.bfloat16,
+        hf_text_config=SimpleNamespace(),
+        get_num_kv_heads=lambda size: 4 // size,
+        head_dim=128,
+        v_head_dim=128,
+        num_hidden_layers=48,
+    )
+    assert kv_token_bytes(model, attn_tp_size=1, kv_cache_dtype="auto") == 4 * 256 * 48 * 2
+    assert kv_token_bytes(model, attn_tp_size=2, kv_cache_dtype="fp8_e4m3") == 2 * 256 * 48
+    model.hf_text_config = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64)
+    assert kv_token_bytes(model, attn_tp_size=1, kv_cache_dtype="auto") == 576 * 48 * 2
