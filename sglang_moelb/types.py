@@ -242,8 +242,8 @@ class LeverScore:
     """What a lever would have brought and cost in the passes scored, had it been on in them.
 
     Gains are shares of the prefill time, the bounds those of a 90 % interval; the lost share is of
-    the gate mass of passes large enough for a lever. `measured`: what the lever takes itself was
-    measured on this server, not assumed.
+    the gate mass of passes large enough for a lever, the low share of their rows at low precision.
+    `measured`: what the lever takes itself was measured on this server, not assumed.
     """
 
     lever: Lever
@@ -251,6 +251,7 @@ class LeverScore:
     gain_low: float
     gain_high: float
     lost_mass_share: float
+    low_share: float
     measured: bool
 
 

@@ -46,6 +46,7 @@ class Sample:
     prefill_ms: float
     spared_ms_V: tuple[float, ...]
     lost_share_V: tuple[float, ...]
+    low_share_V: tuple[float, ...]
 
 
 class Scoreboard:
@@ -162,6 +163,7 @@ class Scoreboard:
                 prefill_ms=base_ms + self._small_ms(),
                 spared_ms_V=tuple(min(one.gain, bound) * base_ms for one in forecasts),
                 lost_share_V=tuple(one.lost_mass_share for one in forecasts),
+                low_share_V=tuple(one.low_share for one in forecasts),
             )
         )
         self._num_passes += self._num_new

@@ -1,9 +1,10 @@
 """Scores -> Verdict: should a lever be turned on, which, and why or why not.
 
-A lever is recommended only if the lower end of the interval of its gain is above `min_gain` and the
-gate mass that it would lose is within the quality budget. What a lever takes itself counts against
-its gain: as measured on this server where the lever has been used since the start, else as assumed
-from what counting takes here, and then the interval spans from half of that to twice.
+A lever is recommended only if the lower end of the interval of its gain is above `min_gain`, and
+the gate mass that it would lose and the rows at low precision are within their budgets. What a
+lever takes itself counts against its gain: as measured on this server where the lever has been used
+since the start, else as assumed from what counting takes here, and then the interval spans from
+half of that to twice.
 
 Shape letters: N samples, V levers.
 """
@@ -138,8 +139,9 @@ def _scores(
     num_tokens_N = np.array([one.num_tokens for one in samples])
     prefill_ms_N = np.array([one.prefill_ms for one in samples])
     spared_ms_NV = np.array([one.spared_ms_V for one in samples])
-    lost_share_V = num_tokens_N @ np.array([one.lost_share_V for one in samples])
-    lost_share_V /= num_tokens_N.sum()
+    weight_N = num_tokens_N / num_tokens_N.sum()
+    lost_share_V = weight_N @ np.array([one.lost_share_V for one in samples])
+    low_share_V = weight_N @ np.array([one.low_share_V for one in samples])
     passes_per_ms = float(num_passes_N.sum() / prefill_ms_N.sum())
     scores = []
     for at, (lever, cost) in enumerate(zip(levers, costs, strict=True)):
@@ -151,6 +153,7 @@ def _scores(
                 gain_low=gain - half - (cost.worst_ms - cost.ms) * passes_per_ms,
                 gain_high=gain + half + (cost.ms - cost.least_ms) * passes_per_ms,
                 lost_mass_share=float(lost_share_V[at]),
+                low_share=float(low_share_V[at]),
                 measured=cost.measured,
             )
         )
@@ -173,16 +176,34 @@ def _best(
     rivals = [one for one in allowed if TIER[one.lever] == tier]
     top = max(one.gain for one in rivals) - limits.switch_margin
     return min(
-        (one for one in rivals if one.gain >= top), key=lambda one: (one.lost_mass_share, -one.gain)
+        (one for one in rivals if one.gain >= top),
+        key=lambda one: (one.lost_mass_share, one.low_share, -one.gain),
     )
 
 
 def _affordable(score: LeverScore, estimate: LoadEstimate, config: Config) -> bool:
-    if score.lost_mass_share == 0.0:
-        return True
-    budget = config.controller.quality_budget
-    in_budget = score.lost_mass_share <= RESUME_SHARE * budget
-    return in_budget and estimate.spent_mass_share <= budget
+    return not _forbids(score, estimate, config)
+
+
+def _forbids(score: LeverScore, estimate: LoadEstimate, config: Config) -> str:
+    """Which budget forbids a lever that pays, and what would allow it; "" if none does."""
+    limits = config.controller
+    for knob, factor, budget, asked, spent, why in (
+        ("quality_budget", "capacity.factor", limits.quality_budget, score.lost_mass_share,
+         estimate.spent_mass_share, reasons.budget_spent),
+        ("downgrade_budget", "downgrade.factor", limits.downgrade_budget, score.low_share,
+         estimate.spent_low_share, reasons.low_spent),
+    ):  # fmt: skip
+        if asked == 0.0 or budget == 1.0:
+            continue
+        if budget == 0.0 or spent > budget:
+            return why(estimate, config)
+        if asked > RESUME_SHARE * budget:
+            return (
+                f"{knob} {reasons.percent(budget)} allows "
+                f"{reasons.percent(RESUME_SHARE * budget)} to start; raise it or {factor}"
+            )
+    return ""
 
 
 def _unknown(estimate: LoadEstimate, config: Config, num_passes: int, needed: int) -> str:
@@ -201,7 +222,7 @@ def _why_not(scores: Sequence[LeverScore], estimate: LoadEstimate, config: Confi
     paying = [one for one in scores if one.gain_low > limits.min_gain]
     if paying:
         one = max(paying, key=lambda one: one.gain)
-        return f"{_gains(one)}, but {_forbids(estimate, config)}"
+        return f"{_gains(one)}, but {_forbids(one, estimate, config)}"
     one = max(scores, key=lambda one: one.gain)
     least = f"min_gain {reasons.percent(limits.min_gain)}"
     gain = f"the best lever, {reasons.name(one.lever)}, has an expected gain of {_interval(one)}"
@@ -214,18 +235,6 @@ def _why_not(scores: Sequence[LeverScore], estimate: LoadEstimate, config: Confi
             "on this server"
         )
     return why
-
-
-def _forbids(estimate: LoadEstimate, config: Config) -> str:
-    budget = config.controller.quality_budget
-    if budget == 0.0:
-        return "quality_budget is 0, so lossy levers are off"
-    if estimate.spent_mass_share > budget:
-        return reasons.budget_spent(estimate, config)
-    return (
-        f"quality_budget {reasons.percent(budget)} allows "
-        f"{reasons.percent(RESUME_SHARE * budget)} to start; raise it or capacity.factor"
-    )
 
 
 def _text(lever: Lever, reason: str, config: Config, *, known: bool) -> str:
@@ -241,10 +250,13 @@ def _text(lever: Lever, reason: str, config: Config, *, known: bool) -> str:
 
 
 def _gains(score: LeverScore) -> str:
-    lost = "costs no gate mass"
+    costs = ["costs no gate mass"]
     if score.lost_mass_share > 0.0:
-        lost = f"costs {reasons.percent(score.lost_mass_share)} of gate mass"
-    return f"{reasons.name(score.lever)}: expected gain {_interval(score)}, {lost}"
+        costs = [f"costs {reasons.percent(score.lost_mass_share)} of gate mass"]
+    if score.low_share > 0.0:
+        costs.append(f"computes {reasons.percent(score.low_share)} of rows at low precision")
+    gain = f"{reasons.name(score.lever)}: expected gain {_interval(score)}"
+    return ", ".join([gain, *costs])
 
 
 def _interval(score: LeverScore) -> str:

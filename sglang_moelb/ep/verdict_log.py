@@ -47,6 +47,7 @@ def plain(effects: Effects | None) -> dict[str, Any] | None:
                 "gain_low": score.gain_low,
                 "gain_high": score.gain_high,
                 "lost_mass_share": score.lost_mass_share,
+                "low_share": score.low_share,
                 "own_time_measured": score.measured,
             }
             for score in verdict.scores

@@ -201,9 +201,13 @@ def test_a_compile_in_the_first_passes_of_a_lever_is_not_its_own_time() -> None:
 
 
 def test_every_lever_that_is_forecast_is_scored() -> None:
-    controller = feed(Controller(judged(), TOPOLOGY), steady(SKEWED))
-    forecasts = controller.step(Observation(record=record(SKEWED), now_s=99)).estimate.forecasts
-    assert {one.lever for one in verdict_of(controller).scores} == {one.lever for one in forecasts}
+    without_slots = merge(judged(), {"downgrade": {"slots": 0}})
+    for config, num_levers in ((judged(), 3), (without_slots, 2)):
+        controller = feed(Controller(config, TOPOLOGY), steady(SKEWED))
+        last = controller.step(Observation(record=record(SKEWED), now_s=99))
+        forecast = {one.lever for one in last.estimate.forecasts}
+        assert len(forecast) == num_levers
+        assert {one.lever for one in verdict_of(controller).scores} == forecast
 
 
 def test_a_lever_of_which_nothing_is_known_is_taken_to_be_costly(
@@ -229,7 +233,12 @@ class Held:
         return self.ms[lever]
 
 
-def held(gains_V: Sequence[float], lost_V: Sequence[float], **more: Any) -> Held:
+def held(
+    gains_V: Sequence[float],
+    lost_V: Sequence[float],
+    low_V: Sequence[float] = (0.0, 0.0),
+    **more: Any,
+) -> Held:
     """Samples with these gains and losses of expand and drop, of which drop takes 10 % itself.
 
     Times are such that OwnCost of drop, as assumed, is a tenth of a pass of 100 ms.
@@ -242,6 +251,7 @@ def held(gains_V: Sequence[float], lost_V: Sequence[float], **more: Any) -> Held
         prefill_ms=20.0 * own_ms,
         spared_ms_V=tuple(20.0 * own_ms * (gain + 0.1) for gain in gains_V),
         lost_share_V=tuple(lost_V),
+        low_share_V=tuple(low_V),
     )
     return Held(samples=(sample,) * MIN_SAMPLES, num_passes=2 * MIN_SAMPLES, **more)
 
@@ -283,7 +293,8 @@ def test_the_quality_budget_forbids_with_the_numbers() -> None:
         "raise it or capacity.factor"
     )
     assert said(lossy, quality_budget=0.0) == (
-        f"leave it off, because {costly}, but quality_budget is 0, so lossy levers are off"
+        f"leave it off, because {costly}, but quality_budget is 0, so lossy levers are off; "
+        "raise it to allow them"
     )
 
 
@@ -294,6 +305,17 @@ def test_a_spent_budget_forbids_what_would_fit_into_it() -> None:
     assert over.startswith(f"leave it off, because {ON}, but quality budget spent: 30.0 %")
     exact = held((-9.0, 0.15), (0.0, 0.0))
     assert said(exact, spent=0.3, quality_budget=0.2).endswith(", costs no gate mass")
+
+
+def test_the_downgrade_budget_forbids_with_the_numbers() -> None:
+    low = held((-9.0, 0.15), (0.0, 0.0), (0.0, 0.3))
+    cost = "costs no gate mass, computes 30.0 % of rows at low precision"
+    gain = f"{ON.partition(', costs')[0]}, {cost}"
+    assert said(low) == f"turn on {gain}"
+    assert said(low, downgrade_budget=0.3) == (
+        f"leave it off, because {gain}, but downgrade_budget 30.0 % allows 24.0 % to start; "
+        "raise it or downgrade.factor"
+    )
 
 
 def test_a_gain_that_is_not_sure_is_not_recommended() -> None:
@@ -326,6 +348,7 @@ def boards(draw: st.DrawFn) -> Held:
     """Samples about a gain and a loss of each lever, with noise."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     gains_V, lost_V = draw(st.tuples(share, share)), draw(st.tuples(lost, lost))
+    low_V = draw(st.tuples(lost, lost))
     noise, num = draw(st.floats(0.0, 0.2)), draw(st.integers(1, 3 * MIN_SAMPLES))
     num_passes = draw(st.integers(1, 30))
     made = []
@@ -339,6 +362,7 @@ def boards(draw: st.DrawFn) -> Held:
                 prefill_ms=ms,
                 spared_ms_V=tuple((g + noise * rng.standard_normal()) * ms for g in gains_V),
                 lost_share_V=lost_V,
+                low_share_V=low_V,
             )
         )
     return Held(samples=tuple(made), num_passes=num * num_passes)
@@ -349,13 +373,22 @@ def boards(draw: st.DrawFn) -> Held:
     min_gain=st.floats(0.0, 0.3),
     budget=st.floats(0.0, 0.5),
     spent=st.floats(0.0, 0.5),
+    low_budget=st.floats(0.0, 1.0),
     own=st.tuples(*[st.sampled_from([0.0, 0.1, 5.0])] * len(Lever)),
     mode=st.sampled_from(["none", "observe", "drop", "auto"]),
 )
 def test_no_lever_is_ever_recommended_that_may_not_pay_or_is_over_the_budget(
-    board: Held, min_gain: float, budget: float, spent: float, own: tuple[float, ...], mode: str
+    board: Held,
+    min_gain: float,
+    budget: float,
+    spent: float,
+    low_budget: float,
+    own: tuple[float, ...],
+    mode: str,
 ) -> None:
-    config = judged(mode, min_gain=min_gain, quality_budget=budget)
+    config = judged(
+        mode, min_gain=min_gain, quality_budget=budget, downgrade_budget=low_budget
+    )
     verdict = judging.judge(
         replace(board, ms=own),  # type: ignore[arg-type]
         estimate=replace(ESTIMATE, spent_mass_share=spent),
@@ -372,6 +405,7 @@ def test_no_lever_is_ever_recommended_that_may_not_pay_or_is_over_the_budget(
     assert chosen.gain_low > min_gain
     assert chosen.lost_mass_share <= budget
     assert chosen.lost_mass_share == 0.0 or spent <= budget
+    assert chosen.low_share <= low_budget
     assert f"{chosen.lever.name.lower()}: expected gain " in verdict.text
 
 

@@ -28,6 +28,7 @@ VERDICT = Verdict(
             gain_low=0.08,
             gain_high=0.1,
             lost_mass_share=0.01,
+            low_share=0.0,
             measured=False,
         ),
     ),
@@ -100,6 +101,7 @@ def test_the_status_has_every_score_as_plain_json() -> None:
                 "gain_low": 0.08,
                 "gain_high": 0.1,
                 "lost_mass_share": 0.01,
+                "low_share": 0.0,
                 "own_time_measured": False,
             }
         },
