@@ -25,10 +25,10 @@ import torch
 from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.ep import records
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerOutcome
 from sglang_moelb.ep.build_record import build
 from sglang_moelb.ep.clock import HostMark
-from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.records import Marks, PassLog
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger

@@ -120,7 +120,7 @@ class Passes:
             time.sleep(LAYER_S)
             begun_s = time.thread_time()
             points.before_dispatch(dispatcher, self._hidden_TD, output)
-            points.before_experts(None, None)
+            points.run_experts(None, None)
             points.after_experts(dispatcher)
             points.after_combine(dispatcher)
             layers_us += 1e6 * (time.thread_time() - begun_s)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from sglang_moelb.config import Config
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import HostMark
-from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.ep.records import PassLog
 from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.trace.background import BackgroundWriter

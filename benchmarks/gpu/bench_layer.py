@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.skew_plugin import skewed_ids
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput, group_capacity
-from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes, SymmetricExchange, exchange_for
+from sglang_moelb.ep.exchange import Exchange, SymmetricExchange, exchange_for
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.types import Level, Lever, Policy, Topology
 

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from benchmarks.probe.model import Probe, SparseBlock
 from benchmarks.probe.moe import Products, run_experts
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput, LayerOutcome
-from sglang_moelb.ep.exchange import Agreed, Sizes
 from sglang_moelb.kernels.row_layout import FLAG_VISION, MASS_ONE
 from sglang_moelb.types import Policy, Topology
 

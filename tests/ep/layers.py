@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
-from sglang_moelb.ep.exchange import Agreed, Exchange, Sizes
+from sglang_moelb.ep.exchange import Exchange
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import Level, Lever, Policy, Topology
 

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.controller.plan_downgrade import plan_downgrade
+from sglang_moelb.ep.agreed import Agreed
 from sglang_moelb.ep.balance import LayerInput
-from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.exchange import Exchange
 from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import Form, Lever, Policy

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sglang_moelb.ep.exchange import Agreed, Agreement, Exchange, Sizes
+from sglang_moelb.ep.agreed import Agreed, Sizes
+from sglang_moelb.ep.exchange import Agreement, Exchange
 from sglang_moelb.types import (
     Expansion,
     Level,

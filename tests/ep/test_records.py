@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from sglang_moelb.ep.agreed import Agreed
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.build_record import build, rank_rows
 from sglang_moelb.ep.clock import mark_on
-from sglang_moelb.ep.exchange import Agreed, Exchange
+from sglang_moelb.ep.exchange import Exchange
 from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of

@@ -15,7 +15,7 @@ from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.decide import Standing, decide
 from sglang_moelb.controller.load import full_confidence
 from sglang_moelb.ep import metrics as fed
-from sglang_moelb.ep.exchange import Agreed, Sizes
+from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.open_pass import gate_reason
 from sglang_moelb.metrics.labels import DECISIONS, GATES, OTHER, decision_class, gate_class
