@@ -167,8 +167,9 @@ class Controller:
         board = self._board
         if not board or not config.verdict.enabled:
             return _board_for(config)
-        if config.capacity != self._config.capacity:
-            board = board.cleared()  # its samples were forecast under other capacities
+        before = self._config
+        if (config.capacity, config.downgrade) != (before.capacity, before.downgrade):
+            board = board.cleared()  # its samples were forecast under other rules
         board.resize(config.verdict.window_passes)
         return board
 

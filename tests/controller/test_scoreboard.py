@@ -87,13 +87,17 @@ def test_only_the_last_passes_of_the_window_are_scored() -> None:
     assert score(after(judged(), turned), Lever.DROP).gain > 0.05
 
 
-def test_a_new_capacity_lets_go_of_the_samples_and_a_new_mode_does_not() -> None:
+def test_a_new_rule_lets_go_of_the_samples_and_a_new_mode_does_not() -> None:
     controller = feed(Controller(judged(), TOPOLOGY), steady(SKEWED))
     before = verdict_of(controller).num_passes
     controller.reconfigure(judged("drop"))
     assert verdict_of(controller).num_passes == before
-    controller.reconfigure(merge(judged("drop"), {"capacity": {"factor": 1.5}}))
-    assert verdict_of(controller).num_passes == 0
+    for rule in ({"capacity": {"factor": 1.5}}, {"downgrade": {"factor": 1.5}}):
+        controller.reconfigure(judged("drop"))
+        feed(controller, steady(SKEWED), from_s=1e3)
+        assert verdict_of(controller).num_passes > 0
+        controller.reconfigure(merge(judged("drop"), rule))
+        assert verdict_of(controller).num_passes == 0
 
 
 def test_it_is_off_unless_asked_for_and_can_be_turned_on_and_off_while_serving() -> None:
