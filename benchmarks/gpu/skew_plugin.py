@@ -36,11 +36,11 @@ def register() -> None:
 
 
 def _all_vision() -> None:
-    from sglang_moelb.ep import open_pass
+    from sglang_moelb.ep.open_pass import PassOpener
     from sglang_moelb.kernels.row_layout import FLAG_VISION
 
-    flags_of = open_pass.token_flags
-    open_pass.token_flags = lambda *args: flags_of(*args) | FLAG_VISION  # type: ignore[assignment]
+    flags_of = PassOpener._flags
+    PassOpener._flags = lambda *args: flags_of(*args) | FLAG_VISION  # type: ignore[method-assign]
 
 
 def _skewed(layer: Any, hidden_states: Any, topk_output: Any) -> tuple[Any, Any] | None:
