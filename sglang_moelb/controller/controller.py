@@ -133,7 +133,8 @@ class Controller:
         lever, quality = self._policy.lever, self._quality
         if lever is Lever.DOWNGRADE and quality.low_share > limits.downgrade_budget:
             return True
-        if lever is not Lever.NONE and quality.spent_share > limits.quality_budget:
+        drops = lever not in (Lever.NONE, Lever.DOWNGRADE)
+        if drops and quality.spent_share > limits.quality_budget:
             return True
         return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
 

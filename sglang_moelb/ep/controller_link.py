@@ -165,6 +165,10 @@ class ControllerLink:
             self._last_state = state
             self.on_state(state)
         if state == "running":
+            # The kill switch does not wait for the process that it stops.
+            if self._config.mode in ("none", "observe") and self._policy.lever is not Lever.NONE:
+                epoch, why = self._policy.epoch + 1, f"mode {self._config.mode}"
+                return replace(self._policy, epoch=epoch, lever=Lever.NONE, reason=why)
             return self._policy
         why = f"controller process is {state}" + (f": {self._error}" if self._error else "")
         return replace(self._policy, lever=Lever.NONE, reason=why)
@@ -255,8 +259,7 @@ class ControllerLink:
 
     def _hear(self) -> None:
         """Take what has come; ConnectionError where nothing will come any more."""
-        is_more = True
-        while is_more:
+        while True:
             try:
                 packet = self._socket.recv(MAX_PACKET_BYTES)
             except BlockingIOError:
@@ -264,7 +267,6 @@ class ControllerLink:
             if not packet:
                 raise ConnectionResetError
             self._take(from_controller(packet))
-            is_more = bool(self._told_s) or bool(self._error)
 
     def _take(self, message: FromController) -> None:
         if isinstance(message, Died):

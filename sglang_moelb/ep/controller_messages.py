@@ -17,7 +17,7 @@ from sglang_moelb.config import Config
 from sglang_moelb.ep.agreed import Agreed
 from sglang_moelb.types import Lever, Policy, Topology
 
-MAX_PACKET_BYTES = 1 << 16
+MAX_PACKET_BYTES = 1 << 17  # 96 layers on 256 ranks take half of it
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):

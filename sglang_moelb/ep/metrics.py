@@ -107,7 +107,7 @@ class Metrics:
         if record.balance_ms > STALLED_SHARE * record.step_ms > 0:
             self._of("moelb_stalls_total", "pass").inc()
         self._of("moelb_quality_spent_ratio").set(estimate.spent_mass_share)
-        if record.used_lever is not Lever.NONE:
+        if record.used_lever not in (Lever.NONE, Lever.DOWNGRADE):  # only a cut measures mass
             self._of("moelb_routed_gate_mass_total").inc(record.routed_mass)
             self._of("moelb_lost_gate_mass_total").inc(record.lost_mass)
             self._of("moelb_moved_gate_mass_total").inc(record.moved_mass)

@@ -72,7 +72,7 @@ class PassOpener:
         mine = Sizes(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens if prefills else 0,
-            num_protected_tokens=requests.num_protected,
+            num_protected_tokens=requests.num_protected or int(requests is UNKNOWN_REQUESTS),
             phase=requests.phase,
         )
         # Only the leader's times are read.

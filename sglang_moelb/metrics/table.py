@@ -105,14 +105,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="moelb_rank_rows", kind="gauge", answers="helps", unit="rows",
            labels=("rank", "when"), meaning="rows of a rank in the last pass, over all layers"),
     Metric(name="moelb_saved_seconds_total", kind="counter", answers="helps", unit="seconds",
-           meaning="measured gain: rows that the busiest ranks were spared, at the time of a row "
-           "as fitted on EP rank 0; own time is not taken off"),
+           meaning="measured gain: rows that drop and expand spared the busiest ranks, at the "
+           "time of a row as fitted on EP rank 0; own time is not taken off"),
     Metric(name="moelb_own_time_seconds", kind="histogram", answers="costs", unit="seconds",
            buckets=SECONDS_BUCKETS,
            meaning="observe, exchange, plan and apply of a prefill pass: host time on a CPU, "
            "stream time on CUDA"),
     Metric(name="moelb_routed_gate_mass_total", kind="counter", answers="costs", unit="gate mass",
-           meaning="sum of routing weights over all ranks in passes with a lever"),
+           meaning="sum of routing weights over all ranks in passes that drop or expand acted in"),
     Metric(name="moelb_lost_gate_mass_total", kind="counter", answers="costs", unit="gate mass",
            meaning="part of it that was dropped"),
     Metric(name="moelb_moved_gate_mass_total", kind="counter", answers="costs", unit="gate mass",

@@ -124,12 +124,12 @@ def test_a_request_that_refuses_is_computed_at_the_models_precision(server: Serv
 
 
 def test_decode_is_never_lowered(server: Server) -> None:
-    exact, _ = said_under(server, {"mode": "none"}, TWO_IMAGES, num_tokens=8)
-    gate = {**LOW, "capacity": {"min_batch_tokens": 4096}}  # the prompt is below it
-    said, passes = said_under(server, gate, TWO_IMAGES, num_tokens=8)
-    assert "below min_batch_tokens" in passes[0]["gate_reason"]
-    assert {one["phase"] for one in passes} == {"prefill"}
-    assert said == exact
+    everyone = {"mode": "downgrade", "downgrade": {**RULE, "factor": 1e-6, "vision_share": 0.0}}
+    before = status(server)["downgrade"]["num_low_layers"]
+    _, passes = said_under(server, everyone, TWO_IMAGES, num_tokens=8)
+    assert passes[0]["low_rows_R"] == passes[0]["rows_before_R"]
+    lowered = status(server)["downgrade"]["num_low_layers"] - before
+    assert lowered == NUM_LAYERS, "the one prefill, and none of seven decode passes"
 
 
 def test_the_memory_that_is_held_is_told_with_what_it_costs(server: Server) -> None:

@@ -195,6 +195,27 @@ def test_a_hung_process_means_none_after_the_timeout_and_one_further_pass_until_
     assert world.link.policy().lever is Lever.DROP
 
 
+@pytest.mark.parametrize("mode", ["none", "observe"])
+def test_the_kill_switch_does_not_wait_for_the_process(world: World, mode: str) -> None:
+    assert world.link.policy().lever is Lever.DROP
+    world.signal(signal.SIGSTOP)
+    world.link.reconfigure(merge(SETTINGS, {"mode": mode}))
+    policy = world.link.policy()
+    assert (policy.lever, policy.reason) == (Lever.NONE, f"mode {mode}")
+    world.signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert (world.link.policy().lever, world.link.policy().epoch) == (Lever.NONE, policy.epoch)
+
+
+def test_all_that_was_said_is_heard_at_once(world: World) -> None:
+    world.signal(signal.SIGSTOP)
+    world.submit()
+    world.link.reconfigure(merge(SETTINGS, {"capacity": {"factor": 2.0}}))
+    world.signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert world.link.policy().capacity_factor == 2.0
+
+
 @pytest.mark.parametrize(("fault", "state"), [("hang", "hung"), ("die", "dead")])
 def test_a_fault_that_is_there_from_the_start_shows_with_the_first_passes(
     fault: str, state: str
