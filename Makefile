@@ -18,7 +18,8 @@ check: install
 	bash scripts/test.sh check
 
 bench: install
-	set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	set -e; export PYTHONPATH=benchmarks; for file in benchmarks/bench_*.py; do echo "== $$file"; \
+	  $(BIN)/python -m benchmarks.$$(basename $$file .py); done
 
 # The environment that `make demo` needs, then the test tools on top.
 lean:

@@ -69,7 +69,8 @@ class DowngradeConfig(_Section, frozen=True):
     factor: Annotated[float, msgspec.Meta(ge=1e-6, le=100)] = 1.0  # times the mean rows of a rank
     vision_share: Share = 0.7  # of a rank's rows, above which it may be lowered
     form: Literal["rank", "experts", "fewest"] = "rank"
-    # The three below decide what is allocated at start and cannot change while serving.
+    # The four below decide what is allocated at start and cannot change while serving.
+    ready: bool = False  # also where the start is in another mode, for auto and for hot changes
     format: Literal["fp8", "nvfp4-emulated", "mxfp4-emulated"] = "fp8"
     slots: Annotated[int, msgspec.Meta(ge=0, le=2)] = 2  # staging; 0: no downgrade
     # Such as "0,4-7" or "all": low-precision copies are kept, and nothing is converted.

@@ -13,9 +13,13 @@ import msgspec
 from sglang_moelb.config import Config, ConfigError, flat, parse
 from sglang_moelb.words import CHOICES
 
-# Memory is allocated by these before SGLang sizes its KV cache, in these modes.
-START_KNOBS = ("downgrade.format", "downgrade.slots", "downgrade.resident_layers")
-DOWNGRADE_MODES = ("downgrade", "auto")
+# Memory is allocated by these before SGLang sizes its KV cache.
+START_KNOBS = (
+    "downgrade.ready",
+    "downgrade.format",
+    "downgrade.slots",
+    "downgrade.resident_layers",
+)
 KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
 
 
@@ -47,8 +51,13 @@ def from_numbers(numbers: dict[str, int | float], start: Config | None = None) -
 
 
 def as_started(config: Config) -> Config:
-    """`config` as a server that starts with it has it: no slots where its mode needs none."""
-    return config if config.mode in DOWNGRADE_MODES else without_slots(config)
+    """`config` as a server that starts with it has it: no slots where none are asked for."""
+    return config if wants_slots(config) else without_slots(config)
+
+
+def wants_slots(config: Config) -> bool:
+    """Whether a server that starts with `config` is to have room for the lever downgrade."""
+    return config.mode == "downgrade" or config.downgrade.ready
 
 
 def without_slots(config: Config) -> Config:
@@ -70,7 +79,7 @@ def refuse_change(before: Config, wanted: Config) -> None:
     if wanted.mode == "downgrade" and not before.downgrade.slots:
         raise ConfigError(
             "moelb config: mode is 'downgrade': this server has no memory for low-precision "
-            "weights. Restart it with --moelb-mode downgrade or auto, and downgrade.slots above 0; "
+            "weights. Restart it with --moelb-mode downgrade, or downgrade.ready true; "
             "the log of the start says if the model does not allow it"
         )
 

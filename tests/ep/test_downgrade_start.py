@@ -16,7 +16,7 @@ from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes
 
 unquant = pytest.importorskip("sglang.srt.layers.quantization.unquant")
 DOWNGRADE = merge(Config(), {"mode": "downgrade"})
-AUTO = merge(Config(), {"mode": "auto"})
+AUTO = merge(Config(), {"mode": "auto", "downgrade": {"ready": True}})
 
 
 def make_layer(hidden: int = 128, inner: int = 256, num_experts: int = 4) -> Any:
@@ -128,6 +128,18 @@ def test_downgrade_ends_the_start_by_name_and_auto_goes_on_without_it(
     assert config.mode == "auto"
     assert "mode auto goes without downgrade" in caplog.text
     assert all(part in caplog.text for part in expected)
+
+
+@pytest.mark.parametrize("mode", ["none", "observe", "drop", "auto"])
+def test_other_modes_have_room_only_where_it_is_asked_for(layers: list[Any], mode: str) -> None:
+    plain = merge(Config(), {"mode": mode})
+    config, lever, _ = attach_downgrade(RUNNER, plain, 0, None)
+    assert (config.downgrade.slots, lever) == (0, None)
+    config, lever, _ = attach_downgrade(
+        RUNNER, merge(plain, {"downgrade": {"ready": True}}), 0, None
+    )
+    assert config.downgrade.slots == 2
+    assert lever is not None
 
 
 @pytest.mark.parametrize("name", ["nvfp4-emulated", "mxfp4-emulated"])

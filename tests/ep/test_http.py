@@ -216,12 +216,12 @@ def test_a_server_without_slots_refuses_downgrade_by_name_and_with_the_fix(
     code, answer = change(routes, {"mode": "downgrade"})
     assert code == 400
     assert "mode is 'downgrade'" in answer["error"]
-    assert "Restart it with --moelb-mode downgrade or auto" in answer["error"]
+    assert "Restart it with --moelb-mode downgrade, or downgrade.ready true" in answer["error"]
     assert manager.sent == []
 
 
 def test_a_server_with_slots_goes_into_downgrade_and_back(manager: Manager) -> None:
-    routes = Routes(manager, merge(Config(), {"mode": "auto"}))
+    routes = Routes(manager, merge(Config(), {"mode": "auto", "downgrade": {"ready": True}}))
     for mode in ("none", "downgrade", "observe", "downgrade"):
         code, answer = change(routes, {"mode": mode})
         assert (code, answer["config"]["mode"]) == (200, mode)

@@ -22,7 +22,7 @@ from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes
-from sglang_moelb.hot_config import DOWNGRADE_MODES, without_slots
+from sglang_moelb.hot_config import wants_slots, without_slots
 
 logger = logging.getLogger("sglang_moelb")
 
@@ -34,10 +34,11 @@ def attach_downgrade(
 ) -> tuple[Config, DowngradeLever | None, MemoryLedger]:
     """The configuration in force, the lever or None, and the memory held, of this rank.
 
-    Mode downgrade ends the process where it is not possible; mode auto goes on without it and says
-    why. Every rank of the EP `group` must come here with the same configuration.
+    Mode downgrade ends the process where it is not possible; another mode with `downgrade.ready`
+    goes on without it and says why.
+    Every rank of the EP `group` must come here with the same configuration.
     """
-    if config.mode not in DOWNGRADE_MODES or not config.downgrade.slots:
+    if not wants_slots(config) or not config.downgrade.slots:
         if config.mode == "downgrade":
             _refuse("downgrade.slots 0", "there is no room to convert weights into; use 1 or 2")
         return without_slots(config), None, MemoryLedger()
@@ -47,8 +48,9 @@ def attach_downgrade(
         if config.mode == "downgrade":
             _refuse(*refusal)
         logger.warning(
-            "sglang_moelb: mode auto goes without downgrade: %s: %s. Set downgrade.slots to 0 to "
+            "sglang_moelb: mode %s goes without downgrade: %s: %s. Set downgrade.ready to false to "
             "leave it out without this line.",
+            config.mode,
             *refusal,
         )
         return without_slots(config), None, MemoryLedger()
