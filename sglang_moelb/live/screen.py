@@ -42,11 +42,11 @@ def show(view: Callable[[], View], console: Console, tick_s: float) -> None:
     look = look_of(console)
     shown: tuple[Text, tuple[int, int]] | None = None
     with (
-        _ended_by_signals(),
+        _signals() as is_ended,
         _keys() as key,
         Screen(console=console, screen=True, auto_refresh=False) as screen,
     ):
-        while True:
+        while not is_ended():
             drawn = picture(view(), console, look)
             if shown != (drawn, console.size):
                 screen.update(drawn, refresh=True)
@@ -59,15 +59,19 @@ def show(view: Callable[[], View], console: Console, tick_s: float) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does: without an error, with the terminal put in order."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has come: they end the view between two frames.
+
+    An exception raised wherever the program happens to be could be lost, as in a destructor.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
     try:
-        yield
-    except KeyboardInterrupt:
-        return
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
