@@ -1,6 +1,10 @@
-"""Whether the controller has fallen behind, from numbers that the serving thread reads for free."""
+"""Whether the controller has fallen behind, and what a mode allows, for the serving thread."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+
+from sglang_moelb.types import Lever, Mode, Policy
 
 
 def is_stale(
@@ -15,3 +19,10 @@ def is_stale(
     Runs on the host, in the serving thread. Ours.
     """
     return num_submitted - num_done >= 2 and oldest_unread_age_s > timeout_s
+
+
+def in_mode(mode: Mode, policy: Policy) -> Policy:
+    """`policy` as `mode` allows it: the kill switch does not wait for the controller it stops."""
+    if mode not in ("none", "observe") or policy.lever is Lever.NONE:
+        return policy
+    return replace(policy, epoch=policy.epoch + 1, lever=Lever.NONE, reason=f"mode {mode}")

@@ -28,7 +28,7 @@ import msgspec
 import torch
 
 from sglang_moelb.config import Config
-from sglang_moelb.controller.watchdog import is_stale
+from sglang_moelb.controller.watchdog import in_mode, is_stale
 from sglang_moelb.ep import records
 from sglang_moelb.ep.controller_messages import (
     MAX_PACKET_BYTES,
@@ -141,6 +141,7 @@ class ControllerLink:
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
+        self._policy = in_mode(config.mode, self._policy)
         self.on_config(config)
         self._outbox.append(encode(NewConfig(config=config)))
         self._take_turn(self._tell)
@@ -165,11 +166,7 @@ class ControllerLink:
             self._last_state = state
             self.on_state(state)
         if state == "running":
-            # The kill switch does not wait for the process that it stops.
-            if self._config.mode in ("none", "observe") and self._policy.lever is not Lever.NONE:
-                epoch, why = self._policy.epoch + 1, f"mode {self._config.mode}"
-                return replace(self._policy, epoch=epoch, lever=Lever.NONE, reason=why)
-            return self._policy
+            return in_mode(self._config.mode, self._policy)
         why = f"controller process is {state}" + (f": {self._error}" if self._error else "")
         return replace(self._policy, lever=Lever.NONE, reason=why)
 

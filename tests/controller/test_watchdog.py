@@ -1,10 +1,11 @@
-"""When the controller counts as fallen behind."""
+"""When the controller counts as fallen behind, and what a mode allows."""
 
 from __future__ import annotations
 
 import pytest
 
-from sglang_moelb.controller.watchdog import is_stale
+from sglang_moelb.controller.watchdog import in_mode, is_stale
+from sglang_moelb.types import MODES, Lever, Mode, Policy
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,14 @@ def test_stale_is_a_record_unread_for_a_further_pass_and_for_the_timeout(
         oldest_unread_age_s=age_s,
         timeout_s=0.1,
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_without_a_lever_allows_none_at_once(mode: Mode) -> None:
+    for lever in Lever:
+        policy = Policy(epoch=3, lever=lever, reason="as said")
+        allowed = in_mode(mode, policy)
+        if mode in ("none", "observe") and lever is not Lever.NONE:
+            assert allowed == Policy(epoch=4, lever=Lever.NONE, reason=f"mode {mode}")
+        else:
+            assert allowed is policy

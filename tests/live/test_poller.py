@@ -97,12 +97,12 @@ def test_a_server_that_stops_mid_run_is_reported_and_its_numbers_stay() -> None:
         time.sleep(0.2)
         assert poller.view().problem == ""
         server.stop()
-        until_s = time.monotonic() + 5.0
-        while not poller.view().problem:
+        until_s = time.monotonic() + 20.0
+        # A question that is under way when the server stops is broken off, which is told as such.
+        while "cannot be reached" not in poller.view().problem:
             assert time.monotonic() < until_s, "the failure was never told"
             time.sleep(0.02)
         view = poller.view()
         poller.stop()
-    assert "cannot be reached" in view.problem
     assert view.live.mode == "auto"
     assert view.age_s > 0.0
