@@ -47,6 +47,11 @@ class Lever(IntEnum):
     DROP = 2
     DOWNGRADE = 3
 
+    @property
+    def cuts(self) -> bool:
+        """Whether it changes routing, so that gate mass is measured and can be lost."""
+        return self in (Lever.EXPAND, Lever.DROP)
+
 
 class Metric(IntEnum):
     """By what rows are ranked against a capacity; the best ranked are kept."""

@@ -133,8 +133,7 @@ class Controller:
         lever, quality = self._policy.lever, self._quality
         if lever is Lever.DOWNGRADE and quality.low_share > limits.downgrade_budget:
             return True
-        drops = lever not in (Lever.NONE, Lever.DOWNGRADE)
-        if drops and quality.spent_share > limits.quality_budget:
+        if lever.cuts and quality.spent_share > limits.quality_budget:
             return True
         return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
 

@@ -44,8 +44,7 @@ def build(
     measures mass. `low_LE` is 1 for experts that `downgrade` lowered, read only where it acted.
     """
     counts_LREC = _counts(counts_RLW, topology)
-    acted = raw.lever not in (Lever.NONE, Lever.DOWNGRADE)  # on gate mass
-    stats_8 = stats_R8.sum(axis=0).tolist() if acted else [0] * 8
+    stats_8 = stats_R8.sum(axis=0).tolist() if raw.lever.cuts else [0] * 8
     header_RW = counts_RLW[:, 0, :NUM_HEADER].astype(np.int64)
     # Rows of an expert stay far below 2**31, and numpy adds up int32 many times faster as int32.
     rows_LEM = counts_LREC.sum(axis=1, dtype=np.int32)[..., ROWS].astype(np.int64)
@@ -61,7 +60,7 @@ def build(
         rows_LEM=rows_LEM,
         rows_after_LR=_rows_after(counts_LREC, rows_LEM, raw, topology),
         routed_mass=stats_8[0] / MASS_ONE
-        if acted
+        if raw.lever.cuts
         else mass_per_token * int(counts_RLW[:, :, H_TOKENS].sum()),
         lost_mass=stats_8[1] / MASS_ONE,
         moved_mass=(stats_8[2] + stats_8[6]) / MASS_ONE,
@@ -113,7 +112,7 @@ def _rows_after(
 ) -> IntArray:
     """Rows that each rank's experts receive, from the counts and the rule of the plan alone."""
     rows_LR = routed_rank_rows(rows_LEM, topology.num_ranks)
-    if raw.lever in (Lever.NONE, Lever.DOWNGRADE):
+    if not raw.lever.cuts:
         return rows_LR
     policy = raw.agreed.policy
     by_source = policy.scope is Scope.SOURCE

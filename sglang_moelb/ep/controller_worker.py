@@ -28,7 +28,7 @@ from sglang_moelb.ep.verdict_log import VerdictLog, plain
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TracedPass
 from sglang_moelb.trace.writer import TraceWriter
-from sglang_moelb.types import Effects, Lever, Observation, Policy, StepRecord, Verdict
+from sglang_moelb.types import Effects, Observation, Policy, StepRecord, Verdict
 
 
 class Worker:
@@ -126,7 +126,7 @@ class Worker:
 
     def _learn_mass(self, record: StepRecord) -> None:
         num_rows = int(record.num_tokens_R.sum()) * self._setup.topology.num_layers
-        if record.used_lever not in (Lever.NONE, Lever.DOWNGRADE) and num_rows:
+        if record.used_lever.cuts and num_rows:
             self._mass_per_token = record.routed_mass / num_rows
 
     def _trace_state(self) -> str:

@@ -16,7 +16,7 @@ from sglang_moelb.metrics.labels import VALUES, decision_class, gate_class
 from sglang_moelb.metrics.table import METRICS, STALLED_SHARE, Metric
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TraceStats
-from sglang_moelb.types import Effects, IntArray, Lever, LoadEstimate, StepRecord
+from sglang_moelb.types import Effects, IntArray, LoadEstimate, StepRecord
 
 if TYPE_CHECKING:
     from sglang_moelb.ep.controller_link import ControllerLink, State
@@ -107,7 +107,7 @@ class Metrics:
         if record.balance_ms > STALLED_SHARE * record.step_ms > 0:
             self._of("moelb_stalls_total", "pass").inc()
         self._of("moelb_quality_spent_ratio").set(estimate.spent_mass_share)
-        if record.used_lever not in (Lever.NONE, Lever.DOWNGRADE):  # only a cut measures mass
+        if record.used_lever.cuts:
             self._of("moelb_routed_gate_mass_total").inc(record.routed_mass)
             self._of("moelb_lost_gate_mass_total").inc(record.lost_mass)
             self._of("moelb_moved_gate_mass_total").inc(record.moved_mass)
