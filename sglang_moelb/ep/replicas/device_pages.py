@@ -87,7 +87,8 @@ class DevicePages:
     def create(self, num_bytes: int) -> int:
         """See `Pages`."""
         handle = ctypes.c_uint64()
-        self._call("cuMemCreate", ctypes.byref(handle), num_bytes, ctypes.byref(self._properties), 0)
+        properties = ctypes.byref(self._properties)
+        self._call("cuMemCreate", ctypes.byref(handle), num_bytes, properties, 0)
         return handle.value
 
     def reserve(self, num_bytes: int) -> int:
