@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = (
     "replicate",
     "auto",
 )
-READY_MODES: tuple[Mode, ...] = ("none", "observe", "expand", "drop", "downgrade", "auto")
+READY_MODES: tuple[Mode, ...] = MODES
 
 Phase = Literal["prefill", "decode", "idle"]
 
