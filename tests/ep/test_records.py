@@ -17,8 +17,10 @@ from sglang_moelb.ep.exchange import Exchange
 from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
+from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger, balancedness
+from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import (
     Level,
@@ -36,7 +38,8 @@ from .ranks import Ranks
 pytestmark = pytest.mark.dist
 
 HOST = torch.device("cpu")
-POLICY = Policy(epoch=3, capacity_factor=0.8)
+POLICY = Policy(epoch=3, capacity_factor=0.8, min_copy_rows=1)
+NUM_SLOTS = 2
 MASS_PER_TOKEN = 1.0  # of a token in a layer: these routings are renormalised
 NAMES = ("random", "skewed", "ties", "idle-rank", "padded", "last-expert", "all-protected")
 
@@ -66,12 +69,19 @@ def one_pass(
             log.plans_L.append(plan_low(routed, agreed, sizes, exchange))
             ids_L.append(routed.ids_TK)
             continue
+        if lever is Lever.REPLICATE:
+            plan = plan_copies(routed, agreed.policy, sizes, exchange, num_slots=NUM_SLOTS)
+            log.copies_L.append(plan)
+            ids_L.append(_at_home(routed.ids_TK, plan, sizes, rank))
+            continue
         log.outcomes_L.append(balancer.run(routed, agreed, lever))
         ids_L.append(log.outcomes_L[-1].ids_TC)
     if lever is Lever.NONE:
         counts_RLW, stats_R8 = observe(
             ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
         ), None
+    elif lever is Lever.REPLICATE:
+        counts_RLW, stats_R8 = torch.stack([plan.counts_RW for plan in log.copies_L], dim=1), None
     elif lever is Lever.DOWNGRADE:
         counts_RLW, stats_R8 = torch.stack([plan.counts_RW for plan in log.plans_L], dim=1), None
     else:
@@ -83,6 +93,17 @@ def one_pass(
     parts = (shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, shared.copied_SLR2)
     arrays = [part[told.slot] for part in parts]
     return build(told, *arrays, sizes, rank, MASS_PER_TOKEN), ids_L
+
+
+def _at_home(
+    ids_TK: torch.Tensor, plan: CopyPlan, sizes: Topology, rank: int
+) -> torch.Tensor:
+    """For each row an expert whose home is the rank that computes it."""
+    physical_TK = reroute(
+        ids_TK, plan.counts_RW, plan.slots_RS, plan.quota_ER, my_rank=rank
+    )
+    num_places = sizes.experts_per_rank + NUM_SLOTS
+    return (physical_TK // num_places * sizes.experts_per_rank).where(physical_TK >= 0, -1)
 
 
 def run_pass(
