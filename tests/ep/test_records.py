@@ -174,7 +174,7 @@ def test_rows_after_equal_what_the_cut_really_left_on_each_rank(
 
 
 @pytest.mark.parametrize("rule", list(Rule))
-@pytest.mark.parametrize("lever", list(Lever))
+@pytest.mark.parametrize("lever", [one for one in Lever if one is not Lever.REPLICATE])
 def test_masses_and_row_counts_of_all_ranks_tokens_equal_sums_of_weights(
     ranks: Ranks, lever: Lever, rule: Rule
 ) -> None:
@@ -241,11 +241,35 @@ def test_the_ledger_sums_masses_and_shows_shares_of_the_last_pass(ranks: Ranks) 
         ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
     totals, newest = ledger.totals(), ledger.newest()
     assert totals["num_passes"] == totals["num_prefill_passes"] == 70
-    assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70, "downgrade": 0}
+    assert totals["num_passes_by_lever"] == {
+        "none": 0, "expand": 0, "drop": 70, "downgrade": 0, "replicate": 0,
+    }  # fmt: skip
     assert totals["lost_mass"] == pytest.approx(70 * record.lost_mass)
     assert newest["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
     assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
     assert newest["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
+
+
+def test_copies_of_experts_are_told_and_nothing_is_lost_or_added(ranks: Ranks) -> None:
+    inputs, results = run_pass(ranks, "skewed", replace(POLICY, lever=Lever.REPLICATE))
+    for record, _ in results:
+        assert record.num_copies_LR is not None
+        assert record.num_copies_LR.shape == (2, 4)
+        assert (record.num_copies_LR <= NUM_SLOTS).all()
+        assert record.num_copies_LR.any()
+        assert record.rows_after_LR.sum() == record.rows_LEM.sum()
+        assert (record.lost_mass, record.moved_mass) == (0, 0)
+        assert (record.num_dropped_rows, record.num_added_rows) == (0, 0)
+        tokens = sum(num_tokens_of(mine[0]) for mine in inputs)
+        assert record.routed_mass == tokens * 2 * MASS_PER_TOKEN
+    ledger = Ledger(topology(4))
+    record = results[0][0]
+    for _ in range(3):
+        ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
+    assert ledger.totals()["num_copies"] == 3 * int(record.num_copies_LR.sum())
+    newest = ledger.newest()
+    assert newest["num_copies_R"] == record.num_copies_LR.sum(axis=0).tolist()
+    assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
 
 
 def test_rows_at_low_precision_are_all_rows_of_the_ranks_that_the_rule_names(ranks: Ranks) -> None:
