@@ -1,4 +1,4 @@
-"""What `run_prefill.sh` left in a folder, as tables: identity of outputs, and times of passes.
+"""What `run_prefill.sh` left in a folder, as a table of the times of passes.
 
     python -m benchmarks.gpu.compare_passes results
 
@@ -21,12 +21,8 @@ MAX_PERIOD_MS = 1000.0
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the table of every server."""
     folder = Path(sys.argv[1])
-    identities = sorted(folder.glob("identity-*.json"))
-    for path in identities[1:]:
-        same = path.read_text() == identities[0].read_text()
-        print(f"{path.stem} against {identities[0].stem}: {'equal' if same else 'DIFFERENT'}")
     for path in sorted(folder.glob("passes-*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for num_tokens in (16384, 1024):

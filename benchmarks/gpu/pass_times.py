@@ -32,7 +32,7 @@ def register() -> None:
 
     target = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
     HookRegistry.register(target, _timed, HookType.AROUND)
-    if PARTS_VARIABLE in os.environ:
+    if os.environ.get(PARTS_VARIABLE):
         _time_parts()
 
 

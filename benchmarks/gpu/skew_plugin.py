@@ -31,7 +31,7 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _skewed, HookType.BEFORE
     )
-    if VISION_VARIABLE in os.environ:
+    if os.environ.get(VISION_VARIABLE):
         _all_vision()
 
 
