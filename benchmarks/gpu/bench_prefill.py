@@ -55,6 +55,13 @@ def ids(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(num_tokens)]
 
 
+def client() -> aiohttp.ClientSession:
+    """Connections are not kept: a server closes those that other servers' turns leave idle."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=300), connector=aiohttp.TCPConnector(force_close=True)
+    )
+
+
 async def burst(
     session: aiohttp.ClientSession, url: str, prompts: list[list[int]], new_tokens: int
 ) -> tuple[float, list[Any]]:
@@ -112,7 +119,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All repeats of all skews, servers and modes."""
     rows: list[dict[str, Any]] = []
     order = [(skew, *turn) for skew in args.skews.split(",") for turn in turns(args.server)]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+    async with client() as session:
         for repeat in range(-args.warmups, args.repeats):
             for skew, server, mode in order if repeat % 2 == 0 else order[::-1]:
                 Path(args.skew_file).write_text(skew)
@@ -141,7 +148,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 async def outputs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What every server and mode answers: to single requests as routed, to a batch at top skew."""
     said: dict[str, dict[str, Any]] = {}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+    async with client() as session:
         for server, mode in turns(args.server):
             rng = random.Random(7)
             Path(args.skew_file).write_text("0")
@@ -182,7 +189,8 @@ def print_outputs(said: dict[str, dict[str, Any]]) -> None:
             bits = "bit-equal" if one[kind] == first[kind] else f"at most {max(apart):.5f} apart"
             print(f"{name:28} {kind:6} {same} of {len(pairs)} tokens equal, log-probabilities "
                   f"{bits}, mean {statistics.mean(apart):.6f}")  # fmt: skip
-        acted = {k: one["pass"].get(k) for k in ("lever", "low_rows_R", "balance_after_L")}
+        shown = ("lever", "low_rows_R", "num_copies_R", "balance_after_L")
+        acted = {key: one["pass"].get(key) for key in shown}
         print(f"{name:28} last pass: {acted}" if one["pass"] else f"{name:28} no status")
 
 

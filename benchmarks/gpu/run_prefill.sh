@@ -7,7 +7,8 @@
 # An argument is KIND=MODES, modes such as drop@1.25 or downgrade:experts@1.0; kinds are below. A
 # skew may not exceed the number of GPUs. SIZE is large (16,384 tokens a rank and pass) or small
 # (1,024). PARTS=1 also times our own functions in each pass. About 20 GB of a GPU's memory a server.
-# What the trace costs: observe traced, with TRACE_TOKENS=0 for a trace without tokens.
+# What the trace costs: observe traced, with TRACE_TOKENS=0 for a trace without tokens. A server
+# `verdict` keeps score; when all is measured its verdict is read at each skew, followed and checked.
 # Downgrade, every token taken for vision: stock downgrade resident fp8; resident keeps low-precision
 # copies (conversion for free), fp8 runs all experts so.
 . "$(dirname "$0")/servers.sh"
@@ -35,6 +36,8 @@ for asked in "${@:-stock}"; do
     observe) flags=(--moelb-mode observe) modes=observe ;;
     traced) modes=observe
       flags=(--moelb-mode observe --moelb-trace "$plugins/trace" --moelb-trace-tokens "${TRACE_TOKENS:-16}") ;;
+    verdict) flags=(--moelb-mode observe --moelb-verdict) modes=observe ;;
+    replicate) flags=(--moelb-mode replicate) modes=none,replicate ;;
     downgrade) flags=(--moelb-mode downgrade) vision=1 modes=none,downgrade@1.0 ;;
     resident) vision=1 modes=downgrade@1.0
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}') ;;
@@ -51,8 +54,14 @@ python3 -m benchmarks.gpu.bench_prefill "${servers[@]/#/--server=}" --skew-file 
   --skews "${SKEWS:-1}" --repeats "$repeats" --requests "$requests" --tokens "$length" \
   --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --outputs "$out/outputs-$size.json" \
   --out "$out/prefill-$size.jsonl"
+code=0
+[[ -z ${url_of[verdict]:-} ]] || timeout 150 python3 -m benchmarks.gpu.follow_verdict \
+  --url "${url_of[verdict]}" --skew-file "$MOELB_BENCH_SKEW" --skews "${SKEWS:-1}" \
+  --factor "${FACTOR:-1.0}" --tokens "$length" --requests "$((16 * num_gpus))" \
+  --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --out "$out/verdict.jsonl" || code=$?
 for one in "${servers[@]}"; do
   [[ $one == *=stock ]] || { IFS='=' read -r kind url _ <<< "$one"
     curl -s "$url/moelb/status" > "$out/status-$kind-$size.json"; }
 done
 python3 -m benchmarks.gpu.compare_passes "$out"
+exit "$code"
