@@ -115,7 +115,7 @@ def expected(layer: Any, rows: Any, is_low_e: torch.Tensor) -> torch.Tensor:
         counts = zip(rows.num_recv_tokens_per_expert, is_low_e.tolist(), strict=True)
         part = copied(rows)._replace(
             topk_ids=rows.topk_ids.where(kept_NK, -1),
-            num_recv_tokens_per_expert=[n if l == low else 0 for n, l in counts],
+            num_recv_tokens_per_expert=[n if is_low == low else 0 for n, is_low in counts],
         )
         if not any(part.num_recv_tokens_per_expert):
             continue
