@@ -1,6 +1,6 @@
 """Draw one MoE layer under the lever downgrade: streams by time, from a profiler trace.
 
-    python benchmarks/gpu/draw_layer.py trace.json.gz --out docs/downgrade-layer.png
+    python -m benchmarks.gpu.draw_layer trace.json.gz --out docs/downgrade-layer.png
 
 The trace is one of torch.profiler: from `benchmarks/gpu/record_layer.py`, or of a server with
 `curl -X POST localhost:30000/start_profile -d '{"activities": ["GPU"], "num_steps": 4}'`. Shown is
