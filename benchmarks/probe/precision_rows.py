@@ -58,14 +58,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         else:
             columns += ["", "", ""]
         lines.append(f"| {' | '.join(columns)} |")
-    worst = min((row for row in rows if "difference" in row), key=_lower, default=None)
+    lowered = [r for r in rows if r["group"] == "all" and not r["setting"].startswith("off")]
+    worst = min(lowered, key=lambda row: float(row["difference_interval"][0]), default=None)
     if worst is not None:
         lines += ["", _verdict(worst)]
     return "\n".join(lines)
-
-
-def _lower(row: dict[str, Any]) -> float:
-    return float(row["difference_interval"][0]) if row["group"] == "all" else 1.0
 
 
 def _verdict(worst: dict[str, Any]) -> str:
@@ -84,5 +81,5 @@ def _percent(interval: Sequence[float]) -> str:
 def _distance(row: dict[str, Any]) -> str:
     if "distance" not in row:
         return ""
-    interval = " to ".join(f"{x:.4f}" for x in row["distance_interval"])
-    return f"{row['distance']:.4f} ({interval})"
+    interval = " to ".join(f"{x:.2g}" for x in row["distance_interval"])
+    return f"{row['distance']:.2g} ({interval})"
