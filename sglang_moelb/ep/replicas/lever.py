@@ -5,7 +5,7 @@ them and the last run that read them; the main lane waits for the writing before
 of a layer comes behind the experts of the one before on the main lane, so one set of slots serves
 all layers. What is read of peers never changes while they serve, so no rank waits for another.
 
-Shape letters: T rows of this rank, K top-k, N received rows.
+Shape letters: T rows of this rank, K top-k, L MoE layers, R ranks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The first pass would else stall the other ranks into DeepEP's timeout.
 
-Shape letters: L layers, T tokens, N rows, K top-k, R ranks, W row width.
+Shape letters: T tokens, N rows, K top-k, R ranks, E experts, S slots of a rank, W row width.
 """
 
 from __future__ import annotations
