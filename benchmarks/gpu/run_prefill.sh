@@ -10,7 +10,9 @@
 # What the trace costs: observe traced, with TRACE_TOKENS=0 for a trace without tokens. A server
 # `verdict` keeps score; when all is measured its verdict is read at each skew, followed and checked.
 # Downgrade, every token taken for vision: stock downgrade resident fp8; resident keeps low-precision
-# copies (conversion for free), fp8 runs all experts so.
+# copies (conversion for free), fp8 runs all experts so. Replicas: stock replicate. With N GPUs, a hot
+# rank of skew s gives away (s - 1) / s of its 128 / N experts to N - 1 ranks: SLOTS=8 is enough for
+# skew 3 on 4 GPUs; 2 GPUs need SLOTS=32 for skew 2, and 22 for 1.5.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?} size=${SIZE:-large} repeats=${REPEATS:-4}
 lay_plugin moelb_bench moelb_bench=benchmarks.gpu.skew_plugin:register \
@@ -37,7 +39,8 @@ for asked in "${@:-stock}"; do
     traced) modes=observe
       flags=(--moelb-mode observe --moelb-trace "$plugins/trace" --moelb-trace-tokens "${TRACE_TOKENS:-16}") ;;
     verdict) flags=(--moelb-mode observe --moelb-verdict) modes=observe ;;
-    replicate) flags=(--moelb-mode replicate) modes=none,replicate ;;
+    replicate) modes=none,replicate
+      flags=(--moelb-mode replicate --moelb-config "{\"replicate\": {\"slots\": ${SLOTS:-8}}}") ;;
     downgrade) flags=(--moelb-mode downgrade) vision=1 modes=none,downgrade@1.0 ;;
     resident) vision=1 modes=downgrade@1.0
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}') ;;

@@ -20,7 +20,8 @@ import numpy as np
 from sglang_moelb.config import Config
 from sglang_moelb.controller import reasons
 from sglang_moelb.controller.batch_means import MIN_SAMPLES, share_of
-from sglang_moelb.controller.decide import TIER
+from sglang_moelb.controller.decide import EXACT, LOSSY, TIER, suffices
+from sglang_moelb.controller.own_time import ASSUMED_WITHIN, assumed_of
 from sglang_moelb.controller.reasons import RESUME_SHARE
 from sglang_moelb.controller.scoreboard import Sample, Scoreboard
 from sglang_moelb.types import Lever, LeverScore, LoadEstimate, Verdict
@@ -42,29 +43,8 @@ class OwnCost:
     measured: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AssumedCost:
-    """Of a lever never used here: `fixed_ms + per_none * none_ms` a MoE layer.
-
-    `none_ms` is what a pass without a lever takes for counting and exchanging once, measured here:
-    a lever does that in every layer. So a device that waits for its host tells beforehand that a
-    lever will wait too.
-    """
-
-    fixed_ms: float
-    per_none: float
-
-
-# Through both measurements of drop on 4 H100 (docs/results.md): 0.118 ms a layer where none takes
-# 0.04 a pass, at 16,384 tokens a rank, and 0.944 where it takes 0.61, at 1,024. Of expand only the
-# first, 0.49, is known.
-ASSUMED = {
-    Lever.DROP: AssumedCost(fixed_ms=0.06, per_none=1.45),
-    Lever.EXPAND: AssumedCost(fixed_ms=0.43, per_none=1.45),
-}
-ASSUMED_OTHERS = ASSUMED[Lever.EXPAND]
-ASSUMED_NONE_MS = 0.61  # the worse of the two, where this too is not measured yet
-ASSUMED_WITHIN = 2.0  # the interval goes from half of what is assumed to twice
+# The worse of what was measured on 4 H100, where this too is not measured yet.
+ASSUMED_NONE_MS = 0.61
 # Milliseconds a layer by which steps took longer than a lever's own clocks show, 4 H100 at 16,384
 # tokens a rank and skew 1: under expand DeepEP carries wider rows.
 BESIDE_MS = {Lever.EXPAND: 0.9}
@@ -121,9 +101,7 @@ def own_cost(lever: Lever, board: Scoreboard, num_layers: int) -> OwnCost:
     if lever_ms > 0.0:
         extra_ms = max(lever_ms - none_ms, 0.0) + beside_ms
         return OwnCost(ms=extra_ms, least_ms=extra_ms, worst_ms=extra_ms, measured=True)
-    assumed = ASSUMED.get(lever, ASSUMED_OTHERS)
-    layer_ms = assumed.fixed_ms + assumed.per_none * (none_ms or ASSUMED_NONE_MS)
-    own_ms = layer_ms * num_layers
+    own_ms = assumed_of(lever).layer_ms(none_ms or ASSUMED_NONE_MS) * num_layers
     return OwnCost(
         ms=own_ms + beside_ms,
         least_ms=own_ms / ASSUMED_WITHIN + beside_ms,
@@ -170,15 +148,22 @@ def _best(
         for one in scores
         if one.gain_low > limits.min_gain and _affordable(one, estimate, config)
     ]
-    if not allowed:
-        return None
-    tier = min(TIER[one.lever] for one in allowed)
-    rivals = [one for one in allowed if TIER[one.lever] == tier]
-    top = max(one.gain for one in rivals) - limits.switch_margin
-    return min(
-        (one for one in rivals if one.gain >= top),
+    margin = limits.switch_margin
+    lossies = [one for one in allowed if TIER[one.lever] == LOSSY]
+    exact = max((one for one in allowed if TIER[one.lever] == EXACT), key=_gain, default=None)
+    top = max(map(_gain, lossies), default=0.0) - margin
+    lossy = min(
+        (one for one in lossies if one.gain >= top),
         key=lambda one: (one.lost_mass_share, one.low_share, -one.gain),
+        default=None,
     )
+    if not exact or not lossy:
+        return exact or lossy
+    return exact if suffices(exact.gain, lossy.gain, margin) else lossy
+
+
+def _gain(score: LeverScore) -> float:
+    return score.gain
 
 
 def _affordable(score: LeverScore, estimate: LoadEstimate, config: Config) -> bool:
@@ -250,7 +235,7 @@ def _text(lever: Lever, reason: str, config: Config, *, known: bool) -> str:
 
 
 def _gains(score: LeverScore) -> str:
-    costs = ["costs no gate mass"]
+    costs = ["exact"] if score.lever is Lever.REPLICATE else ["costs no gate mass"]
     if score.lost_mass_share > 0.0:
         costs = [f"costs {reasons.percent(score.lost_mass_share)} of gate mass"]
     if score.low_share > 0.0:

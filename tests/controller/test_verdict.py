@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moelb.config import Config, merge
+from sglang_moelb.controller import own_time
 from sglang_moelb.controller import verdict as judging
 from sglang_moelb.controller.batch_means import MIN_SAMPLES
 from sglang_moelb.controller.controller import Controller
@@ -100,6 +101,20 @@ def on_h100(load: h100.Load, mode: str) -> tuple[Verdict, LeverScore]:
     }
     verdict = after(merge(Config(), changes), h100.passes(load, 60), h100.TOPOLOGY)
     return verdict, score(verdict, Lever[name.upper()])
+
+
+def test_replicate_is_judged_where_there_are_slots_and_recommended_before_a_lossy_lever() -> None:
+    load = next(one for one in LOADS if one.skew == 2.0 and one.tokens_per_rank >= 16384)
+    for num_slots, expected in ((8, Lever.REPLICATE), (0, Lever.NONE)):
+        changes = {"mode": "observe", "replicate": {"slots": num_slots}, "verdict": JUDGING}
+        verdict = after(merge(Config(), changes), h100.passes(load, 60), h100.TOPOLOGY)
+        levers = [one.lever for one in verdict.scores]
+        assert (Lever.REPLICATE in levers) is bool(num_slots)
+        assert verdict.lever is expected, verdict.text
+    generous = {**changes, "replicate": {"slots": 8}, "controller": {"quality_budget": 1.0}}
+    verdict = after(merge(Config(), generous), h100.passes(load, 60), h100.TOPOLOGY)
+    assert verdict.text.startswith("turn on replicate: expected gain ")
+    assert verdict.text.endswith("of prefill time, exact")
 
 
 def test_the_benchmark_has_effects_of_both_signs_to_be_right_about() -> None:
@@ -214,7 +229,7 @@ def test_a_lever_of_which_nothing_is_known_is_taken_to_be_costly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = judging.own_cost(Lever.DROP, Held(), 10)  # type: ignore[arg-type]
-    monkeypatch.delitem(judging.ASSUMED, Lever.DROP)
+    monkeypatch.delitem(own_time.ASSUMED, Lever.DROP)
     unknown = judging.own_cost(Lever.DROP, Held(), 10)  # type: ignore[arg-type]
     assert unknown.ms > known.ms
     assert unknown.worst_ms > known.worst_ms
