@@ -6,8 +6,8 @@
 Passes of four MoE layers, each with rows, a plan and a form drawn at random: off, the whole rank,
 or some experts. The experts run as in a server, SGLang's runner and ours, conversions on their
 own stream into two slots; one layer is resident. Every output must equal, bit for bit, that of its
-layer, rows and plan computed alone beforehand. Memory is read after every hundred passes and must not grow.
-Then the same with the wait for conversions taken out: that must be found, or the check is blind.
+layer, rows and plan computed alone beforehand. Memory is read every hundred passes and must not
+grow. Then the same with the wait for conversions taken out: that must be found wrong.
 No server; the exit status says. About a minute on an H100.
 
 Shape letters: E local experts, N rows, H hidden size.
