@@ -182,10 +182,21 @@ def measure(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
             found = evaluate(server, asked, out, None if setting == "off" else first)
             after = _settled(server)
             told = {"op": "probe_precision", "format": name, "setting": setting,
-                    "device": asked.device, "num_ranks": NUM_RANKS,
-                    "low_share": low_share(before, after, found)}  # fmt: skip
+                    **conditions(asked), "low_share": low_share(before, after, found)}  # fmt: skip
             yield from (told | row for row in rows_of(found))
             print(f"{time.monotonic() - start_s:.0f} s: {name}, {setting}", flush=True)
+
+
+def conditions(asked: Asked) -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    name = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
+    return {"device": name, "num_ranks": NUM_RANKS, "concurrency": asked.concurrency,
+            "commit": head.stdout.strip()}  # fmt: skip
 
 
 def _settled(server: Server) -> dict[str, Any]:
