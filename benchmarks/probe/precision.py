@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Asked:
     num_warmup: int
     concurrency: int
     folder: Path
+    commit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,7 @@ def measure(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
     with serving(name, asked) as server:
         if asked.num_warmup:  # kernels are compiled at their first use
             server.call("/moelb/config", SETTINGS["always"])
-            warmup = Asked(device=asked.device, num_items=asked.num_warmup, num_warmup=0,
-                           concurrency=asked.concurrency, folder=asked.folder)  # fmt: skip
+            warmup = replace(asked, num_items=asked.num_warmup)
             evaluate(server, warmup, asked.folder / "warmup.json", None)
         for setting, changes in SETTINGS.items():
             server.call("/moelb/config", changes)
@@ -191,12 +191,9 @@ def conditions(asked: Asked) -> dict[str, Any]:
     """What the figures hold for."""
     import torch
 
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     name = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
     return {"device": name, "num_ranks": NUM_RANKS, "concurrency": asked.concurrency,
-            "commit": head.stdout.strip()}  # fmt: skip
+            "commit": asked.commit}  # fmt: skip
 
 
 def _settled(server: Server) -> dict[str, Any]:
@@ -224,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="JSON lines file to write; logs go beside it")
+    parser.add_argument("--commit", default="", help="of this checkout, for the rows")
     parser.add_argument("--table", type=Path, help="JSON lines file to print, and do nothing else")
     args = parser.parse_args(argv)
     if args.table:
@@ -240,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_warmup=300 if on_gpu else 0,
         concurrency=128 if on_gpu else 16,
         folder=folder,
+        commit=args.commit,
     )
     rows: list[dict[str, Any]] = []
     for name in args.formats:
