@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -158,14 +157,11 @@ def measure(bench: Bench, tokens: Sequence[int], limit_s: float) -> list[Cell]:
     return cells
 
 
-def conditions(device: torch.device, num_calls: int) -> dict[str, Any]:
+def conditions(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {"op": "sweep", "device": name, "torch": torch.__version__, "num_calls": num_calls,
-            "commit": commit.stdout.strip()}  # fmt: skip
+    return {"op": "sweep", "device": name, "torch": torch.__version__,
+            "num_calls": args.num_calls, "commit": args.commit}  # fmt: skip
 
 
 def main() -> None:
@@ -176,6 +172,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--num-calls", type=int, default=11)
+    parser.add_argument("--commit", default="", help="of this checkout, for the rows")
     parser.add_argument("--limit-s", type=float, default=75.0)
     args = parser.parse_args()
     if args.judge:
@@ -183,7 +180,7 @@ def main() -> None:
         return
     device = torch.device(args.device)
     cells = measure(Bench.on(device, args.num_calls), args.tokens, args.limit_s)
-    told = conditions(device, args.num_calls)
+    told = conditions(device, args)
     if args.out:
         args.out.write_text("".join(json.dumps(told | asdict(cell)) + "\n" for cell in cells))
     print(report(cells))

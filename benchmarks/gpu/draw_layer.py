@@ -74,7 +74,7 @@ class LayerView:
 
 def kind_of(name: str) -> str:
     """The kind of a kernel by its name, templates and arguments cut off."""
-    plain = re.sub(r"^void ", "", name).split("<")[0].split("(")[0]
+    plain = re.sub(r"^void |\(anonymous namespace\)::", "", name).split("<")[0].split("(")[0]
     return next((kind for kind, pattern in KINDS if re.search(pattern, plain)), OTHER)
 
 

@@ -7,13 +7,16 @@ For each format a server starts with room for the lever, on two expert-parallel 
 the probe's test items four times: off, off once more (what is left is the noise of batches), by
 ReaLB's rule (factor 1, vision share 0.7), and always (any rank with more than a millionth of the
 mean load and a vision row). Text and images are in flight together, so that text-only requests meet
-lowered experts in their batches; they are counted separately. One row a format, setting and group,
+lowered experts in their batches; they are counted separately. Two ways: `served`, answers are
+generated, and passes with a row of decode stay as they are; `prefilled`, answers are teacher-forced
+(`benchmarks/probe/force.py`), so that nothing is decoded. One row a format, way, setting and group,
 against the first run with the lever off. `--table rows.jsonl` prints rows as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -26,16 +29,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.probe.compare import compare
+from benchmarks.probe.force import ask_forced
 from benchmarks.probe.precision_rows import rows_of, table
-from benchmarks.probe.result import Evaluation, read_result
+from benchmarks.probe.result import Evaluation, accuracies, read_result
+from benchmarks.probe.suite import Suite
+from benchmarks.probe.tasks import TASKS
 from sglang_moelb.ep.standin.launch import cpu_environment, cpu_server_args
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "benchmarks" / "probe" / "checkpoint"
+WAYS = ("served", "prefilled")
 FORMATS = ("fp8", "nvfp4-emulated", "mxfp4-emulated")
 ALWAYS = {"factor": 1e-6, "vision_share": 0.0}
 RULE = {"factor": 1.0, "vision_share": 0.7}
@@ -67,6 +75,8 @@ class Asked:
     num_warmup: int
     concurrency: int
     folder: Path
+    commit: str
+    ways: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,27 +175,54 @@ def evaluate(server: Server, asked: Asked, out: Path, reference: Path | None) ->
     return read_result(out)
 
 
+def evaluate_forced(server: Server, asked: Asked, reference: Evaluation | None) -> Evaluation:
+    """The test items, once, with their answers in the prompt; compared with `reference`."""
+    suite = Suite(num_items=asked.num_items, seed=0, tasks=tuple(TASKS))
+    start_s = time.monotonic()
+    asking = ask_forced(server.url, suite, concurrency=asked.concurrency, timeout_s=3600)
+    items = tuple(asyncio.run(asking))
+    return Evaluation(
+        url=server.url, model=str(MODEL), seed=0, num_items=len(items), tasks=suite.tasks,
+        wall_s=time.monotonic() - start_s, is_partial=False, failure="", average=None,
+        accuracy=accuracies(items), items=items,
+        comparison=compare(items, reference.items) if reference else (),
+    )  # fmt: skip
+
+
 def measure(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
     """Rows of one format."""
     start_s = time.monotonic()
     first = asked.folder / f"{name}-off.json"
+    forced_first: Evaluation | None = None
     with serving(name, asked) as server:
         if asked.num_warmup:  # kernels are compiled at their first use
             server.call("/moelb/config", SETTINGS["always"])
-            warmup = Asked(device=asked.device, num_items=asked.num_warmup, num_warmup=0,
-                           concurrency=asked.concurrency, folder=asked.folder)  # fmt: skip
+            warmup = replace(asked, num_items=asked.num_warmup)
             evaluate(server, warmup, asked.folder / "warmup.json", None)
         for setting, changes in SETTINGS.items():
             server.call("/moelb/config", changes)
-            before = server.call("/moelb/status")
-            out = asked.folder / f"{name}-{setting.replace(' ', '-')}.json"
-            found = evaluate(server, asked, out, None if setting == "off" else first)
-            after = _settled(server)
-            told = {"op": "probe_precision", "format": name, "setting": setting,
-                    "device": asked.device, "num_ranks": NUM_RANKS,
-                    "low_share": low_share(before, after, found)}  # fmt: skip
-            yield from (told | row for row in rows_of(found))
-            print(f"{time.monotonic() - start_s:.0f} s: {name}, {setting}", flush=True)
+            for way in asked.ways:
+                before = _settled(server)
+                if way == "served":
+                    out = asked.folder / f"{name}-{setting.replace(' ', '-')}.json"
+                    found = evaluate(server, asked, out, None if setting == "off" else first)
+                else:
+                    found = evaluate_forced(server, asked, forced_first)
+                    forced_first = forced_first or found
+                told = {"op": "probe_precision", "format": name, "way": way, "setting": setting,
+                        **conditions(asked),
+                        "low_share": low_share(before, _settled(server), found)}  # fmt: skip
+                yield from (told | row for row in rows_of(found))
+                print(f"{time.monotonic() - start_s:.0f} s: {name}, {setting}, {way}", flush=True)
+
+
+def conditions(asked: Asked) -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    name = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
+    return {"device": name, "num_ranks": NUM_RANKS, "concurrency": asked.concurrency,
+            "commit": asked.commit}  # fmt: skip
 
 
 def _settled(server: Server) -> dict[str, Any]:
@@ -211,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What low precision costs the probe.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="JSON lines file to write; logs go beside it")
+    parser.add_argument("--commit", default="", help="of this checkout, for the rows")
     parser.add_argument("--table", type=Path, help="JSON lines file to print, and do nothing else")
     args = parser.parse_args(argv)
     if args.table:
@@ -229,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_warmup=300 if on_gpu else 0,
         concurrency=128 if on_gpu else 16,
         folder=folder,
+        commit=args.commit,
+        ways=tuple(args.ways),
     )
     rows: list[dict[str, Any]] = []
     for name in args.formats:

@@ -42,12 +42,12 @@ def rows_of(found: Evaluation) -> Iterator[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown; accuracies and their differences in percent and points, distances in nats."""
     lines = [
-        "| format | lever | rows low | items | right | difference to off | answers equal "
+        "| format | way | lever | rows low | items | right | difference to off | answers equal "
         "| distance of log-probabilities |",
-        "| --- | --- | ---: | --- | --- | --- | ---: | --- |",
+        "| --- | --- | --- | ---: | --- | --- | --- | ---: | --- |",
     ]
     for row in rows:
-        columns = [row["format"], row["setting"], f"{row['low_share']:.0%}"]
+        columns = [row["format"], row["way"], row["setting"], f"{row['low_share']:.0%}"]
         columns.append(f"{row['group']} ({row['num_items']})")
         columns.append(f"{row['accuracy']:.1%} ({_percent(row['interval'])})")
         if "difference" in row:
@@ -68,9 +68,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _verdict(worst: dict[str, Any]) -> str:
     low = -100 * worst["difference_interval"][0]
     holds = "within" if low <= CLAIM_POINTS else "not within"
+    where = f"{worst['format']} {worst['way']}, {worst['setting']}"
     return (
-        f"The furthest that all items may have fallen (95 %) is {low:.2f} points, under "
-        f"{worst['format']} {worst['setting']}: {holds} ReaLB's {CLAIM_POINTS:g} point."
+        f"The furthest that all items may have fallen (95 %) is {low:.2f} points, under {where}: "
+        f"{holds} ReaLB's {CLAIM_POINTS:g} point."
     )
 
 

@@ -6,8 +6,8 @@
 Passes of four MoE layers, each with rows, a plan and a form drawn at random: off, the whole rank,
 or some experts. The experts run as in a server, SGLang's runner and ours, conversions on their
 own stream into two slots; one layer is resident. Every output must equal, bit for bit, that of its
-layer, rows and plan computed alone beforehand. Memory must be the same after every hundred passes.
-Then the same with the wait for conversions taken out: that must be found, or the check is blind.
+layer, rows and plan computed alone beforehand. Memory is read every hundred passes and must not
+grow. Then the same with the wait for conversions taken out: that must be found wrong.
 No server; the exit status says. About a minute on an H100.
 
 Shape letters: E local experts, N rows, H hidden size.
@@ -207,10 +207,10 @@ def problems(outcome: Outcome) -> Iterator[str]:
     if not outcome.num_low_layers:
         yield "no layer ran at low precision"
     half = len(outcome.samples) // 2
-    for kind, tolerance in ((0, 0), (1, 0), (2, 64 << 20)):
-        values = [sample[kind] for sample in outcome.samples]
-        if half and max(values[half:]) > max(values[:half]) + tolerance:
-            name = ("allocated", "reserved", "host")[kind]
+    # What is reserved depends a little on the order of the passes, as blocks are split.
+    for name, column, tolerance in (("allocated", 0, 0.0), ("reserved", 1, 0.02), ("host", 2, 0.1)):
+        values = [sample[column] for sample in outcome.samples]
+        if half and max(values[half:]) > max(values[:half]) * (1 + tolerance):
             yield f"{name} memory grew from {max(values[:half])} to {max(values[half:])} bytes"
 
 
@@ -227,6 +227,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--num-passes", type=int, default=10_000)
     args = parser.parse_args()
+    if args.num_passes < SAMPLE_PASSES:
+        parser.error(f"--num-passes {args.num_passes}: give {SAMPLE_PASSES} or more")
     device = torch.device(args.device)
     start_s = time.perf_counter()
     layers = [make_layer(seed, SIZES[device.type], device) for seed in range(NUM_LAYERS)]

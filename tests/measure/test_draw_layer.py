@@ -59,6 +59,7 @@ def trace() -> dict[str, Any]:
         ("void deep_ep::intranode::cached_notify_combine<4>(int)", "combine"),
         ("void deep_gemm::sm90_bf16_gemm_impl<1536u>(int)", "grouped GEMM"),
         ("_quantise", "quantise"),
+        ("void (anonymous namespace)::act_and_mul_kernel<float>(float*)", "activation"),
         ("void at::native::elementwise_kernel<128>(dispatch)", "other"),
     ],
 )
