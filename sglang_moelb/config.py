@@ -77,6 +77,18 @@ class DowngradeConfig(_Section, frozen=True):
     resident_layers: Annotated[str, msgspec.Meta(pattern=LAYERS)] = ""
 
 
+class ReplicateConfig(_Section, frozen=True):
+    """The lever `replicate`: what a copy of an expert must bring, and room for copies."""
+
+    min_rows: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 256  # fewest that a copy is made for
+    # Rows computed in the time by which a copy delays its sender and its receiver; 0 if hidden.
+    send_rows: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
+    receive_rows: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 0
+    # The two below decide what is allocated at start and cannot change while serving.
+    ready: bool = False  # also where the start is in another mode, for auto and for hot changes
+    slots: Annotated[int, msgspec.Meta(ge=0, le=255)] = 8  # copies a rank can hold; 0: none
+
+
 class ControllerConfig(_Section, frozen=True):
     """How the controller decides in mode `auto`."""
 
@@ -112,6 +124,7 @@ class Config(_Section, frozen=True):
     mode: Mode = "none"
     capacity: CapacityConfig = CapacityConfig()
     downgrade: DowngradeConfig = DowngradeConfig()
+    replicate: ReplicateConfig = ReplicateConfig()
     controller: ControllerConfig = ControllerConfig()
     verdict: VerdictConfig = VerdictConfig()
     fault: FaultConfig = FaultConfig()
@@ -126,7 +139,7 @@ def parse(tree: dict[str, Any], *, check_mode: bool = True) -> Config:
 
     With `check_mode` a mode whose lever is not there yet is refused by name.
     """
-    _reject_not_finite(tree, "")
+    _reject_not_finite(tree)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -170,10 +183,8 @@ def decode_object(text: str | bytes, name: str) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid JSON ({error}).") from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{name}: must be a JSON object such as {{\"mode\": \"none\"}}, found "
-            f"{type(tree).__name__}."
-        )
+        found = type(tree).__name__
+        raise ConfigError(f'{name}: must be a JSON object like {{"mode": "none"}}, found {found}.')
     return tree
 
 
@@ -222,7 +233,7 @@ def knobs() -> list[str]:
 
 def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Policy:
     """The policy that uses `lever` with the knobs of `config`."""
-    capacity, downgrade = config.capacity, config.downgrade
+    capacity, downgrade, replicate = config.capacity, config.downgrade, config.replicate
     return Policy(
         epoch=epoch,
         lever=lever,
@@ -240,6 +251,9 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
         macs_rho=capacity.macs_rho,
         vision_share=downgrade.vision_share,
         form=FORMS[downgrade.form],
+        min_copy_rows=replicate.min_rows,
+        send_rows=replicate.send_rows,
+        receive_rows=replicate.receive_rows,
         reason=reason,
     )
 
@@ -279,10 +293,8 @@ def _lay_over(tree: dict[str, Any], changes: dict[str, Any], prefix: str) -> Non
             tree[key] = value
 
 
-def _reject_not_finite(tree: dict[str, Any], prefix: str) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _reject_not_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"moelb config: {prefix}{key} is {value}; it must be a finite number")
+def _reject_not_finite(tree: dict[str, Any]) -> None:
+    for name, value in _flat(tree, "").items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"moelb config: {name} is {value}; it must be a finite number")
 

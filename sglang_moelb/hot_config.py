@@ -19,6 +19,8 @@ START_KNOBS = (
     "downgrade.format",
     "downgrade.slots",
     "downgrade.resident_layers",
+    "replicate.ready",
+    "replicate.slots",
 )
 KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
 
@@ -37,7 +39,7 @@ def to_numbers(config: Config) -> dict[str, int | float]:
 
 def from_numbers(numbers: dict[str, int | float], start: Config | None = None) -> Config:
     """Inverse of `to_numbers`, with the `START_KNOBS` of `start`. Raises `ConfigError`."""
-    tree: dict[str, Any] = {"downgrade": start_knobs(start or Config())}
+    tree: dict[str, Any] = start_knobs(start or Config())
     for name, value in numbers.items():
         if name not in _KNOBS or name in START_KNOBS:
             known = ", ".join(k for k in _KNOBS if k not in START_KNOBS)
@@ -52,7 +54,8 @@ def from_numbers(numbers: dict[str, int | float], start: Config | None = None) -
 
 def as_started(config: Config) -> Config:
     """`config` as a server that starts with it has it: no slots where none are asked for."""
-    return config if wants_slots(config) else without_slots(config)
+    config = config if wants_slots(config) else without_slots(config)
+    return config if wants_replicas(config) else without_replicas(config)
 
 
 def wants_slots(config: Config) -> bool:
@@ -64,6 +67,18 @@ def without_slots(config: Config) -> Config:
     """`config` for a server that has allocated nothing for the lever downgrade."""
     return msgspec.structs.replace(
         config, downgrade=msgspec.structs.replace(config.downgrade, slots=0)
+    )
+
+
+def wants_replicas(config: Config) -> bool:
+    """Whether a server that starts with `config` is to have room for the lever replicate."""
+    return config.mode == "replicate" or config.replicate.ready
+
+
+def without_replicas(config: Config) -> Config:
+    """`config` for a server that has allocated nothing for the lever replicate."""
+    return msgspec.structs.replace(
+        config, replicate=msgspec.structs.replace(config.replicate, slots=0)
     )
 
 
@@ -82,12 +97,22 @@ def refuse_change(before: Config, wanted: Config) -> None:
             "weights. Restart it with --moelb-mode downgrade, or downgrade.ready true; "
             "the log of the start says if the model does not allow it"
         )
+    if wanted.mode == "replicate" and not before.replicate.slots:
+        raise ConfigError(
+            "moelb config: mode is 'replicate': this server has no memory for copies of experts. "
+            "Restart it with --moelb-mode replicate, or replicate.ready true; the log of the start "
+            "says if it cannot have them"
+        )
 
 
 def start_knobs(config: Config) -> dict[str, Any]:
-    """The part of section `downgrade` that holds from start to end, by key."""
+    """The part of a tree that holds from start to end."""
     knobs = flat(config)
-    return {name.partition(".")[2]: knobs[name] for name in START_KNOBS}
+    tree: dict[str, Any] = {}
+    for name in START_KNOBS:
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = knobs[name]
+    return tree
 
 
 def _word(name: str, value: int | float) -> Any:

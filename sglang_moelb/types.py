@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = (
     "replicate",
     "auto",
 )
-READY_MODES: tuple[Mode, ...] = ("none", "observe", "expand", "drop", "downgrade", "auto")
+READY_MODES: tuple[Mode, ...] = MODES
 
 Phase = Literal["prefill", "decode", "idle"]
 
@@ -46,6 +46,7 @@ class Lever(IntEnum):
     EXPAND = 1
     DROP = 2
     DOWNGRADE = 3
+    REPLICATE = 4
 
     @property
     def cuts(self) -> bool:
@@ -120,8 +121,9 @@ class Policy:
 
     `epoch` grows with every change; `capacity_factor` is a multiple of the mean rows of a group;
     under the lever downgrade a rank above it is lowered where more than `vision_share` of its rows
-    are vision, in `form`; `macs_delta` and `macs_rho` are MACS's delta and rho; `reason` is for
-    people.
+    are vision, in `form`; under replicate an expert's copy takes `min_copy_rows` or more, and costs
+    its sender and its receiver the time of `send_rows` and `receive_rows`; `macs_delta` and
+    `macs_rho` are MACS's delta and rho; `reason` is for people.
     """
 
     epoch: int
@@ -140,6 +142,9 @@ class Policy:
     macs_rho: float = 0.5
     vision_share: float = 0.7
     form: Form = Form.RANK
+    min_copy_rows: int = 256
+    send_rows: int = 0
+    receive_rows: int = 0
     reason: str = ""
 
 
@@ -165,6 +170,7 @@ class StepRecord:
     `rows_LEM` are top-k rows before any lever; `rows_after_LR` what each rank's experts receive
     after it (exact under the plain rule, an estimate under MACS), the rows before where none acted.
     `low_rows_LR` of those ran at low precision; None where the lever downgrade did not act.
+    `num_copies_LR` experts were copied to each rank; None where the lever replicate did not act.
     Gate mass is the sum of routing weights; masses and numbers of dropped and added rows are of
     all ranks' tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
     are not to be written.
@@ -190,6 +196,7 @@ class StepRecord:
     balance_ms: float  # our own observe + exchange + plan + apply: layers by the fastest of them
     step_ms: float
     low_rows_LR: IntArray | None = None
+    num_copies_LR: IntArray | None = None
 
     @property
     def used_lever(self) -> Lever:

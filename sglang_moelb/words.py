@@ -21,7 +21,12 @@ EXPANSIONS = {"compete": Expansion.COMPETE, "fill": Expansion.FILL}
 RULES = {"plain": Rule.PLAIN, "macs": Rule.MACS}
 FORMS = {"rank": Form.RANK, "experts": Form.EXPERTS, "fewest": Form.FEWEST}
 FORMATS = ("fp8", "nvfp4-emulated", "mxfp4-emulated")
-LEVERS = {"expand": Lever.EXPAND, "drop": Lever.DROP, "downgrade": Lever.DOWNGRADE}
+LEVERS = {
+    "expand": Lever.EXPAND,
+    "drop": Lever.DROP,
+    "downgrade": Lever.DOWNGRADE,
+    "replicate": Lever.REPLICATE,
+}
 FAULTS = ("none", "die", "hang")
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,

@@ -64,6 +64,11 @@ KNOBS = {
     "downgrade.format": "fp8",
     "downgrade.slots": 2,
     "downgrade.resident_layers": "",
+    "replicate.min_rows": 256,
+    "replicate.send_rows": 0,
+    "replicate.receive_rows": 0,
+    "replicate.ready": False,
+    "replicate.slots": 8,
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
@@ -112,6 +117,16 @@ trees = st.fixed_dictionaries(
                 "format": st.sampled_from(CHOICES["downgrade.format"]),
                 "slots": st.integers(0, 2),
                 "resident_layers": st.sampled_from(["", "all", "0", "1,3-5"]),
+            },
+        ),
+        "replicate": st.fixed_dictionaries(
+            {},
+            optional={
+                "min_rows": st.integers(1, 2**20),
+                "send_rows": st.integers(0, 2**20),
+                "receive_rows": st.integers(0, 2**20),
+                "ready": st.booleans(),
+                "slots": st.integers(0, 255),
             },
         ),
         "controller": st.fixed_dictionaries(
@@ -191,6 +206,14 @@ def test_a_policy_of_downgrade_has_the_knobs_of_downgrade_and_other_levers_their
     assert policy_of(config, Lever.DROP, epoch=1, reason="").capacity_factor == 2.0
 
 
+def test_a_policy_of_replicate_has_the_knobs_of_replicate_and_they_travel() -> None:
+    config = parse({"replicate": {"min_rows": 384, "send_rows": 5, "receive_rows": 7}})
+    policy = policy_of(config, Lever.REPLICATE, epoch=1, reason="")
+    agreed = decode(encode(policy), reason="")
+    assert agreed == policy
+    assert (agreed.min_copy_rows, agreed.send_rows, agreed.receive_rows) == (384, 5, 7)
+
+
 def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
     tree = {
         "factor": 2.0, "level": "expert", "scope": "source", "metric": "random",
@@ -230,6 +253,11 @@ BAD: dict[str, list[Any]] = {
     "downgrade.format": ["fp4", 1, None],
     "downgrade.slots": [-1, 3, 1.5],
     "downgrade.resident_layers": ["none", "0,", "1-", "-1", 3, None, [1]],
+    "replicate.min_rows": [0, -1, 2**20 + 1, 1.5, None],
+    "replicate.send_rows": [-1, 2**20 + 1, 0.5, "x"],
+    "replicate.receive_rows": [-1, 2**20 + 1, 0.5, "x"],
+    "replicate.ready": [0, 1, "true", None],
+    "replicate.slots": [-1, 256, 1.5, None],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
@@ -313,6 +341,7 @@ def test_a_mode_without_its_lever_is_refused_by_name(mode: str) -> None:
         {"capacity.max_extra_experts": 1.5},
         {"unheard.of": 1},
         {"downgrade.slots": 1},
+        {"replicate.slots": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
 from sglang_moelb.words import LEVERS
 
 # The lowest tier with a lever that pays is chosen from: exact levers are 0, lossy ones 1.
-TIER = {Lever.EXPAND: 1, Lever.DROP: 1, Lever.DOWNGRADE: 1}
+TIER = {Lever.REPLICATE: 0, Lever.EXPAND: 1, Lever.DROP: 1, Lever.DOWNGRADE: 1}
 # Of the confidence that a full window of equal passes gives: to start a lever, and to keep it.
 START_CONFIDENCE = 0.5
 KEEP_CONFIDENCE = 0.4
@@ -119,7 +119,7 @@ def _closed(lever: Lever, standing: Standing) -> bool:
     """Whether the budget of `lever` is spent."""
     if lever is Lever.DOWNGRADE:
         return standing.low_spent
-    return lever is not Lever.NONE and standing.budget_spent
+    return lever.cuts and standing.budget_spent
 
 
 def _why_closed(lever: Lever, estimate: LoadEstimate, config: Config) -> str:

@@ -37,6 +37,9 @@ FIELDS = (
     "macs_rho",
     "vision_share",
     "form",
+    "min_copy_rows",
+    "send_rows",
+    "receive_rows",
 )
 FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho", "vision_share"})
 NUM_WORDS = len(FIELDS)
@@ -82,5 +85,8 @@ def decode(words: Sequence[int], reason: str) -> Policy:
         macs_rho=word["macs_rho"] / MILLION,
         vision_share=word["vision_share"] / MILLION,
         form=Form(word["form"]),
+        min_copy_rows=word["min_copy_rows"],
+        send_rows=word["send_rows"],
+        receive_rows=word["receive_rows"],
         reason=reason,
     )

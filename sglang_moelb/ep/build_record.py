@@ -33,6 +33,7 @@ def build(
     counts_RLW: np.ndarray,
     stats_R8: np.ndarray,
     low_LE: np.ndarray,
+    copied_LR2: np.ndarray,
     topology: Topology,
     rank: int,
     mass_per_token: float,
@@ -41,7 +42,8 @@ def build(
 
     `stats_R8` is what a lever did on each rank, read only where one acted; `mass_per_token` the
     gate mass of a token in a layer, by which passes without a lever are counted: only a cut
-    measures mass. `low_LE` is 1 for experts that `downgrade` lowered, read only where it acted.
+    measures mass. `low_LE` is 1 for experts that `downgrade` lowered, `copied_LR2` the rows and
+    copies of each rank under `replicate`; each is read only where that lever acted.
     """
     counts_LREC = _counts(counts_RLW, topology)
     stats_8 = stats_R8.sum(axis=0).tolist() if raw.lever.cuts else [0] * 8
@@ -58,7 +60,9 @@ def build(
         num_vision_tokens_R=header_RW[:, H_VISION_TOKENS],
         num_protected_tokens_R=header_RW[:, H_PROTECTED_TOKENS],
         rows_LEM=rows_LEM,
-        rows_after_LR=_rows_after(counts_LREC, rows_LEM, raw, topology),
+        rows_after_LR=copied_LR2[..., 0].astype(np.int64)
+        if raw.lever is Lever.REPLICATE
+        else _rows_after(counts_LREC, rows_LEM, raw, topology),
         routed_mass=stats_8[0] / MASS_ONE
         if raw.lever.cuts
         else mass_per_token * int(counts_RLW[:, :, H_TOKENS].sum()),
@@ -72,6 +76,9 @@ def build(
         step_ms=raw.step_ms,
         low_rows_LR=rank_rows(rows_LEM.sum(axis=2) * low_LE, topology.num_ranks)
         if raw.lever is Lever.DOWNGRADE
+        else None,
+        num_copies_LR=copied_LR2[..., 1].astype(np.int64)
+        if raw.lever is Lever.REPLICATE
         else None,
     )
 

@@ -60,6 +60,7 @@ class Worker:
             counts_RLW,
             self._shared.stats_SR8[told.slot],
             self._shared.low_SLE[told.slot],
+            self._shared.copied_SLR2[told.slot],
             self._setup.topology,
             self._setup.rank,
             self._mass_per_token,

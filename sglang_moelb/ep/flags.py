@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="none: ready, but leave routing alone (default once any flag is given); observe: "
         "measure and say what auto would do; expand, drop: always that lever; auto: the "
-        "controller chooses for each pass; downgrade: always that lever; replicate: not available "
-        "yet.",
+        "controller chooses for each pass; downgrade, replicate: always that lever.",
     )
     group.add_argument(
         "--moelb-config",

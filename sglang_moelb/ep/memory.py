@@ -6,7 +6,7 @@ dispatch, after that, and cost the KV cache nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,14 @@ class MemoryLedger:
     kv_token_bytes: int = 0
 
     @property
+    def held_bytes(self) -> int:
+        """All that we hold, without DeepEP's buffers."""
+        return self.staging_bytes + self.resident_bytes + self.replicas_bytes
+
+    @property
     def kv_tokens_lost(self) -> int:
         """Tokens of this rank's KV cache for which there is no room, rounded up."""
-        held = self.staging_bytes + self.resident_bytes + self.replicas_bytes
-        return -(-held // self.kv_token_bytes) if self.kv_token_bytes else 0
+        return -(-self.held_bytes // self.kv_token_bytes) if self.kv_token_bytes else 0
 
     def told(self) -> dict[str, int]:
         """As the status has it, with DeepEP's buffers as far as they exist."""
@@ -55,6 +59,28 @@ def deepep_bytes() -> int:
     state = get_resources().buffers.get("deepep_ep_state")
     buffer = getattr(state, "buffer", None)
     return sum(int(getattr(buffer, name, 0)) for name in ("num_nvl_bytes", "num_rdma_bytes"))
+
+
+def with_replicas(ledger: MemoryLedger, num_bytes: int, model_runner: Any) -> MemoryLedger:
+    """`ledger` with `num_bytes` of slots for copies of experts."""
+    if not num_bytes:
+        return ledger
+    return replace(
+        ledger,
+        replicas_bytes=num_bytes,
+        kv_token_bytes=ledger.kv_token_bytes or kv_token_bytes_of(model_runner),
+    )
+
+
+def kv_token_bytes_of(model_runner: Any) -> int:
+    """`kv_token_bytes` of this process's model and cache."""
+    from sglang.srt.runtime_context import get_model, get_parallel
+
+    return kv_token_bytes(
+        model_runner.model_config,
+        attn_tp_size=get_parallel().attn_tp_size,
+        kv_cache_dtype=str(get_model().kv_cache_dtype),
+    )
 
 
 def kv_token_bytes(model_config: Any, *, attn_tp_size: int, kv_cache_dtype: str) -> int:

@@ -13,7 +13,7 @@ def pin_slots(shared: SharedCounts, slots: list[Slot]) -> str:
 
     Runs on the host, once, in a process that uses CUDA.
     """
-    num_bytes = shared.stats_SR8.nbytes + shared.counts_SRLW.nbytes + shared.low_SLE.nbytes
+    num_bytes = shared.num_bytes
     # The stats of the first slot are where the memory begins.
     problem = torch.cuda.cudart().cudaHostRegister(slots[0].stats_R8.data_ptr(), num_bytes, 0)
     return f"cudaHostRegister of {num_bytes} bytes failed: {problem}" if int(problem) else ""

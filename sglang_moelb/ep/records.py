@@ -20,6 +20,7 @@ from sglang_moelb.ep.balance import LayerOutcome
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.controller_messages import RawPass
 from sglang_moelb.ep.low.plan import LowPlan
+from sglang_moelb.ep.replicas.plan import CopyPlan, told_of
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.types import Lever
 
@@ -48,6 +49,7 @@ class PassLog:
     ids_L: list[torch.Tensor] = field(default_factory=list)
     outcomes_L: list[LayerOutcome] = field(default_factory=list)
     plans_L: list[LowPlan] = field(default_factory=list)
+    copies_L: list[CopyPlan] = field(default_factory=list)
     marks_L: list[Marks] = field(default_factory=list)
     observing: AnyMark | None = None  # when all layers' counting began, without a lever
     tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
@@ -55,25 +57,29 @@ class PassLog:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """Host memory of a pass: int32 counts `[R, L, W]` and flags `[L, E]`, int64 stats `[R, 8]`."""
+    """Host memory of a pass: int64 stats `[R, 8]`, the rest int32 as in `SharedCounts`."""
 
     number: int
     counts_RLW: torch.Tensor
     stats_R8: torch.Tensor
     low_LE: torch.Tensor
+    copied_LR2: torch.Tensor
 
 
 def slots_of(shared: SharedCounts) -> list[Slot]:
     """The slots of `shared` as tensors of the same memory."""
-    parts = zip(shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, strict=True)
+    parts = zip(
+        shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, shared.copied_SLR2, strict=True
+    )
     return [
         Slot(
             number=number,
             counts_RLW=torch.from_numpy(counts_RLW),
             stats_R8=torch.from_numpy(stats_R8),
             low_LE=torch.from_numpy(low_LE),
+            copied_LR2=torch.from_numpy(copied_LR2),
         )
-        for number, (counts_RLW, stats_R8, low_LE) in enumerate(parts)
+        for number, (counts_RLW, stats_R8, low_LE, copied_LR2) in enumerate(parts)
     ]
 
 
@@ -101,7 +107,9 @@ def close(
     if log.plans_L:
         low_LE = torch.stack([plan.low_E for plan in log.plans_L])
         slot.low_LE.copy_(low_LE, non_blocking=True)
-    log.ids_L, log.outcomes_L, log.plans_L, log.tokens_L = [], [], [], None
+    if log.copies_L:
+        slot.copied_LR2.copy_(told_of(log.copies_L), non_blocking=True)
+    log.ids_L, log.outcomes_L, log.plans_L, log.copies_L, log.tokens_L = [], [], [], [], None
     return ClosedPass(log=log, slot=slot.number, ended=mark_on(counts_RLW.device))
 
 

@@ -29,6 +29,8 @@ from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.open_pass import PassOpener
 from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
+from sglang_moelb.ep.replicas.lever import ReplicateLever
+from sglang_moelb.ep.replicas.plan import plan_copies
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.hot_config import KNOB_PREFIX
@@ -50,6 +52,7 @@ class Runtime:
         controller: ControllerLink | None,
         token_trace: TokenTrace | None = None,
         downgrade: DowngradeLever | None = None,
+        replicate: ReplicateLever | None = None,
         memory: MemoryLedger | None = None,
     ) -> None:
         self._seat = seat
@@ -60,6 +63,7 @@ class Runtime:
         self._passes = PassOpener(seat, agreement, controller, sample_every=every)
         self._controller = controller
         self._downgrade = downgrade
+        self._replicate = replicate
         self._memory = memory or MemoryLedger()
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
@@ -113,6 +117,10 @@ class Runtime:
             log.plans_L.append(plan)
             self._mark("balanced")
             return topk_output
+        if log.lever is Lever.REPLICATE:
+            ids_TK = self._replicated(log, routed, dispatcher)
+            self._mark("balanced")
+            return topk_output._replace(topk_ids=ids_TK)
         outcome = self._balancer.run(routed, log.agreed, log.lever)
         log.outcomes_L.append(outcome)
         self._mark("balanced")
@@ -121,10 +129,13 @@ class Runtime:
         )
 
     def run_experts(self, layer: Any, dispatch_output: Any) -> Any:
-        """Rows have arrived: run them at low precision, or None to let SGLang run them."""
+        """Rows have arrived: run them under a lever, or None to let SGLang run them."""
         if self._marks is not None:
             self._mark("experts")
-        return self._downgrade.run(layer, dispatch_output) if self._downgrade else None
+        out = self._downgrade.run(layer, dispatch_output) if self._downgrade else None
+        if out is None and self._replicate:
+            out = self._replicate.run(layer, dispatch_output)
+        return out
 
     def after_experts(self) -> None:
         """The grouped GEMM is enqueued."""
@@ -148,7 +159,9 @@ class Runtime:
             self._seams_verified = True
         if self._downgrade:
             self._downgrade.forget()
-        if not (log.ids_L or log.outcomes_L or log.plans_L):
+        if self._replicate:
+            self._replicate.forget()
+        if not (log.ids_L or log.outcomes_L or log.plans_L or log.copies_L):
             return
         gathered = self._gathered(log)
         if log.tokens_L and self._token_trace:
@@ -175,12 +188,24 @@ class Runtime:
         if log.lever is Lever.DOWNGRADE:  # counted and exchanged with each layer
             counts_L = [plan.counts_RW for plan in log.plans_L]
             return (torch.stack(counts_L, dim=1), None) if wanted else None
+        if log.lever is Lever.REPLICATE:
+            counts_L = [plan.counts_RW for plan in log.copies_L]
+            return (torch.stack(counts_L, dim=1), None) if wanted else None
         stats_8 = torch.stack([outcome.stats_8 for outcome in log.outcomes_L]).sum(dim=0)
         if not wanted:
             self._exchange.offer(stats_8.view(torch.int32))
             return None
         stats_R8 = self._exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
         return torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1), stats_R8
+
+    def _replicated(self, log: PassLog, routed: LayerInput, dispatcher: Any) -> torch.Tensor:
+        """Plan and start the copies of a layer; the physical ids of its rows."""
+        lever, policy = self._replicate, log.agreed.policy
+        assert lever is not None, "the leader's policy needs slots on every rank"
+        topology, num_slots = self._seat.topology, lever.num_slots
+        plan = plan_copies(routed, policy, topology, self._exchange, num_slots=num_slots)
+        log.copies_L.append(plan)
+        return lever.prepare(routed.layer, dispatcher, plan, routed.ids_TK)
 
     def _flags_of(self, log: PassLog, num_rows: int) -> torch.Tensor:
         assert log.flags_T is not None, "only a prefill pass is observed"
@@ -206,6 +231,8 @@ class Runtime:
         }
         if self._downgrade:
             answer["downgrade"] = self._downgrade.told()
+        if self._replicate:
+            answer["replicate"] = self._replicate.told()
         if self._controller:
             answer |= self._controller.status()
         return answer

@@ -24,7 +24,9 @@ MAX_BYTES = 64 << 20  # of all slots, where the fewest allowed do not need more
 
 
 class SharedCounts:
-    """`stats_SR8` int64, `counts_SRLW` and `low_SLE` int32, writable on both sides.
+    """`stats_SR8` int64, the others int32, writable on both sides.
+
+    `copied_SLR2` are the rows that each rank computes under the lever replicate, and its copies.
 
     A slot belongs to the serving process until it has told of the pass in it, and then to the
     controller until it has answered.
@@ -34,6 +36,7 @@ class SharedCounts:
         """Map the open memory file `file`, which must be as long as `num_bytes` says."""
         self.file = file
         self.num_slots = num_slots
+        self.num_bytes = num_bytes(topology, num_slots)
         self._memory = mmap.mmap(file, num_bytes(topology, num_slots))
         stats_shape = (num_slots, topology.num_ranks, NUM_STATS)
         self.stats_SR8 = np.ndarray(stats_shape, np.int64, self._memory)
@@ -49,6 +52,12 @@ class SharedCounts:
             self._memory,
             offset=self.stats_SR8.nbytes + self.counts_SRLW.nbytes,
         )
+        self.copied_SLR2 = np.ndarray(
+            (num_slots, topology.num_layers, topology.num_ranks, 2),
+            np.int32,
+            self._memory,
+            offset=self.stats_SR8.nbytes + self.counts_SRLW.nbytes + self.low_SLE.nbytes,
+        )
 
     @classmethod
     def create(cls, topology: Topology) -> SharedCounts:
@@ -63,7 +72,7 @@ class SharedCounts:
 def num_bytes(topology: Topology, num_slots: int) -> int:
     """Bytes of `num_slots` slots."""
     num_words = topology.num_ranks * topology.num_layers * _width(topology)
-    num_words += topology.num_layers * topology.num_experts
+    num_words += topology.num_layers * (topology.num_experts + 2 * topology.num_ranks)
     return num_slots * (8 * topology.num_ranks * NUM_STATS + 4 * num_words)
 
 

@@ -13,9 +13,11 @@ from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.low.attach import attach_downgrade
+from sglang_moelb.ep.memory import with_replicas
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.observe import warm_up
+from sglang_moelb.ep.replicas.attach import attach_replicas
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
@@ -44,7 +46,13 @@ def attach_to(model_runner: Any, config: Config) -> None:
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
     one_host = model_runner.server_args.nnodes == 1
+    config, replicate, replicas_bytes = attach_replicas(
+        model_runner, config, seat.topology, seat.rank, group
+    )
     config, downgrade, memory = attach_downgrade(model_runner, config, seat.rank, group)
+    memory = with_replicas(memory, replicas_bytes, model_runner)
+    if memory.held_bytes:
+        logger.info("sglang_moelb: %s", memory.line())
     tokens = token_trace_of(seat, config)
     warm_up(seat.topology, seat.device)
     controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
@@ -62,6 +70,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
         controller,
         tokens,
         downgrade,
+        replicate,
         memory,
     )
     points.attach(runtime)

@@ -29,6 +29,7 @@ class Ledger:
             ("routed_mass", "lost_mass", "moved_mass", "num_dropped_rows", "num_added_rows"), 0
         )
         self._num_low_rows = 0
+        self._num_copies = 0
         self._num_passes = 0
         self._num_prefill = 0
         self._shown = ShownPass(topology, NUM_RECENT)
@@ -43,6 +44,8 @@ class Ledger:
             self._sums[name] += getattr(record, name)
         if record.low_rows_LR is not None:
             self._num_low_rows += int(record.low_rows_LR.sum())
+        if record.num_copies_LR is not None:
+            self._num_copies += int(record.num_copies_LR.sum())
         self._newest = self._row(record)
         self._is_shown = self._shown.add(record)
 
@@ -54,6 +57,7 @@ class Ledger:
             "num_passes_by_lever": dict(self._by_lever),
             **self._sums,
             "num_low_rows": self._num_low_rows,
+            "num_copies": self._num_copies,
         }
 
     def newest(self) -> dict[str, Any]:
@@ -66,7 +70,9 @@ class Ledger:
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         before_LR = routed_rank_rows(record.rows_LEM, self._topology.num_ranks)
-        after_LR, low_LR = record.rows_after_LR, record.low_rows_LR
+        after_LR, low_LR, copies_LR = (
+            record.rows_after_LR, record.low_rows_LR, record.num_copies_LR
+        )  # fmt: skip
         mass = max(record.routed_mass, 1e-9)
         return {
             "step": record.step,
@@ -85,6 +91,7 @@ class Ledger:
             "rows_after_R": after_LR.sum(axis=0).tolist(),
             "low_ranks": low_ranks(record),
             "low_rows_R": [] if low_LR is None else low_LR.sum(axis=0).tolist(),
+            "num_copies_R": [] if copies_LR is None else copies_LR.sum(axis=0).tolist(),
             "lost_share": record.lost_mass / mass,
             "moved_share": record.moved_mass / mass,
             "step_ms": round(record.step_ms, 3),

@@ -47,6 +47,7 @@ class _PassPayload(msgspec.Struct, frozen=True, kw_only=True):
     decision: Decision | None = None
     num_missed: int = 0
     low_rows: bytes = b""  # [L, R] as planes; nothing where the lever downgrade did not act
+    num_copies: bytes = b""  # the same under the lever replicate
 
 
 def encode_header(header: Header) -> bytes:
@@ -98,6 +99,7 @@ def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
         decision=traced.decision,
         num_missed=traced.num_missed,
         low_rows=b"" if record.low_rows_LR is None else to_planes(record.low_rows_LR),
+        num_copies=b"" if record.num_copies_LR is None else to_planes(record.num_copies_LR),
     )
     return zlib.compress(msgspec.msgpack.encode(payload, enc_hook=_plain), COMPRESSION)
 
@@ -130,6 +132,9 @@ def decode_pass(payload: bytes, topology: Topology) -> TracedPass:
         step_ms=found.step_ms,
         low_rows_LR=from_planes(found.low_rows, (num_layers, num_ranks))
         if found.low_rows
+        else None,
+        num_copies_LR=from_planes(found.num_copies, (num_layers, num_ranks))
+        if found.num_copies
         else None,
     )
     return TracedPass(
@@ -187,6 +192,8 @@ def _check_shapes(traced: TracedPass, topology: Topology) -> None:
     }
     if record.low_rows_LR is not None:
         shapes["low_rows_LR"] = (record.low_rows_LR, (num_layers, num_ranks))
+    if record.num_copies_LR is not None:
+        shapes["num_copies_LR"] = (record.num_copies_LR, (num_layers, num_ranks))
     for name, (values, shape) in shapes.items():
         if values.shape != shape:
             raise ValueError(f"pass {record.step}: {name} is {values.shape}, expected {shape}")

@@ -28,6 +28,9 @@ policies = st.builds(
     min_batch_tokens=st.integers(0, 2**40),
     macs_delta=micros,
     macs_rho=micros,
+    min_copy_rows=st.integers(1, 2**20),
+    send_rows=st.integers(0, 2**20),
+    receive_rows=st.integers(0, 2**20),
     reason=st.text(),
 )
 
@@ -50,8 +53,11 @@ def test_the_fields_that_travel_are_these() -> None:
         "macs_rho",
         "vision_share",
         "form",
+        "min_copy_rows",
+        "send_rows",
+        "receive_rows",
     )
-    assert NUM_WORDS == 16
+    assert NUM_WORDS == 19
 
 
 def test_every_field_of_a_policy_but_the_reason_travels() -> None:
@@ -79,7 +85,7 @@ def test_the_reason_does_not_travel() -> None:
 
 
 def test_words_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 16 words, found 15"):
+    with pytest.raises(ValueError, match="expected 19 words, found 18"):
         decode(encode(Policy(epoch=0))[:-1], "")
     with pytest.raises(ValueError, match="9 is not a valid Lever"):
         decode((0, 9, *encode(Policy(epoch=0))[2:]), "")

@@ -108,7 +108,7 @@ WRONG = [
     (with_sizes, ["(4, 384, 128, 128, 192)", "multiples of 128"]),
     (with_unequal, ["equal in all layers"]),
     (with_dispatch, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
-    (in_decode_role, ["--deepep-mode low_latency", "decode is never lowered"]),
+    (in_decode_role, ["--deepep-mode low_latency", "acts in prefill only"]),
 ]
 
 

@@ -80,7 +80,8 @@ def one_pass(
         stats_R8 = exchange.gather(stats_8.view(torch.int32)).view(torch.int64)
     shared = SharedCounts.create(sizes)
     told = raw_of(close(log, counts_RLW, stats_R8, slots_of(shared)[1]), now_s=0.0)
-    arrays = [part[told.slot] for part in (shared.counts_SRLW, shared.stats_SR8, shared.low_SLE)]
+    parts = (shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, shared.copied_SLR2)
+    arrays = [part[told.slot] for part in parts]
     return build(told, *arrays, sizes, rank, MASS_PER_TOKEN), ids_L
 
 

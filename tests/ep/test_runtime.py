@@ -101,6 +101,7 @@ class Clock:
                 shared.counts_SRLW[0],
                 shared.stats_SR8[0],
                 shared.low_SLE[0],
+                shared.copied_SLR2[0],
                 sizes,
                 0,
                 mass_per_token=1.0,

@@ -21,7 +21,7 @@ from sglang_moelb.ep.low.flags import HostFlags
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
-from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes
+from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes_of
 from sglang_moelb.hot_config import wants_slots, without_slots
 
 logger = logging.getLogger("sglang_moelb")
@@ -62,7 +62,6 @@ def attach_downgrade(
     if device.type == "cuda":
         warm_up(layers[0], staging, group)
     ledger = _ledger(model_runner, staging)
-    logger.info("sglang_moelb: %s", ledger.line())
     flags = HostFlags(len(layers[0].w13_weight), device)
     return config, DowngradeLever(layers, rank, staging, flags), ledger
 
@@ -120,14 +119,16 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
             f"they must be equal in all layers, and hidden and expert size multiples of "
             f"{fp8.BLOCK}, as fp8's blocks are",
         )
-    return _dispatch_refusal(layer) or _device_refusal(layer)
+    return dispatch_refusal(layer) or _device_refusal(layer)
 
 
-def _dispatch_refusal(layer: Any) -> tuple[str, str] | None:
+def dispatch_refusal(layer: Any) -> tuple[str, str] | None:
+    """What of DeepEP's dispatch a lever on experts cannot work with, and the fix; None if all can.
+    """
     for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
         normal = getattr(dispatcher, "_normal_dispatcher", None)
         if normal is None:
-            return "--deepep-mode low_latency", "decode is never lowered; use mode none for it"
+            return "--deepep-mode low_latency", "such a lever acts in prefill only; use mode none"
         if normal.use_fp8 or normal.use_mxfp4 or normal.use_mxfp8 or normal.use_nvfp4:
             return (
                 f"dispatch of {normal.deepep_output_dtype.name}",
@@ -188,16 +189,10 @@ def _some_rows(layer: Any) -> Any:
 
 
 def _ledger(model_runner: Any, staging: Staging) -> MemoryLedger:
-    from sglang.srt.runtime_context import get_model, get_parallel
-
     return MemoryLedger(
         staging_bytes=staging.staging_bytes,
         resident_bytes=staging.resident_bytes,
-        kv_token_bytes=kv_token_bytes(
-            model_runner.model_config,
-            attn_tp_size=get_parallel().attn_tp_size,
-            kv_cache_dtype=str(get_model().kv_cache_dtype),
-        ),
+        kv_token_bytes=kv_token_bytes_of(model_runner),
     )
 
 

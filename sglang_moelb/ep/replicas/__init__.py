@@ -1,0 +1,1 @@
+"""The lever replicate: copies of hot experts on ranks with room, exact."""
