@@ -29,7 +29,13 @@ from sglang_moelb.config import (
     trace_tokens,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
-from sglang_moelb.hot_config import START_KNOBS, from_numbers, to_numbers
+from sglang_moelb.hot_config import (
+    START_KNOBS,
+    from_numbers,
+    refuse_beside_resident,
+    refuse_change,
+    to_numbers,
+)
 from sglang_moelb.types import (
     MODES,
     READY_MODES,
@@ -69,6 +75,7 @@ KNOBS = {
     "replicate.receive_rows": 0,
     "replicate.ready": False,
     "replicate.slots": 8,
+    "resident.placement": "",
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
@@ -129,6 +136,7 @@ trees = st.fixed_dictionaries(
                 "slots": st.integers(0, 255),
             },
         ),
+        "resident": st.fixed_dictionaries({}, optional={"placement": st.just("p.json")}),
         "controller": st.fixed_dictionaries(
             {},
             optional={
@@ -258,6 +266,7 @@ BAD: dict[str, list[Any]] = {
     "replicate.receive_rows": [-1, 2**20 + 1, 0.5, "x"],
     "replicate.ready": [0, 1, "true", None],
     "replicate.slots": [-1, 256, 1.5, None],
+    "resident.placement": [1, None, True],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
@@ -342,6 +351,7 @@ def test_a_mode_without_its_lever_is_refused_by_name(mode: str) -> None:
         {"unheard.of": 1},
         {"downgrade.slots": 1},
         {"replicate.slots": 1},
+        {"resident.placement": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:
@@ -396,3 +406,28 @@ def test_register_without_flags_installs_only_the_flags(monkeypatch: pytest.Monk
     others = installed[2 * len(install.FLAG_SEAMS) :]
     assert {"dispatch", "model-loaded", "state"} <= set(others)
     assert not set(others) & {*install.FLAG_SEAMS, *install.MAIN_SEAMS}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "observe"},
+        {"mode": "drop"},
+        {"downgrade": {"ready": True}},
+        {"replicate": {"ready": True}},
+        {"verdict": {"enabled": True}},
+    ],
+    ids=str,
+)
+def test_nothing_that_acts_or_forecasts_goes_beside_a_resident_placement(
+    changes: dict[str, Any],
+) -> None:
+    start = merge(Config(), {"resident": {"placement": "p.json"}})
+    refuse_beside_resident(start)
+    wanted = merge(start, changes)
+    with pytest.raises(ConfigError, match=r"resident\.placement is set"):
+        refuse_beside_resident(wanted)
+    with pytest.raises(ConfigError):
+        refuse_change(start, wanted)
+    refuse_change(start, merge(start, {"capacity": {"factor": 1.1}}))
+    refuse_beside_resident(merge(Config(), changes))

@@ -70,7 +70,7 @@ def calibrate(
     ] = 0.1,
     slots: Annotated[
         int, typer.Option(min=0, max=32, help="Replicas that a rank may hold in each layer.")
-    ] = 1,
+    ] = 2,
     budget: Budget = 1.0,
     keep: Kept = 0.5,
     importance: Measure = "wanda",

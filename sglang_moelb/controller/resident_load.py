@@ -36,6 +36,38 @@ def rank_rows(
     return rows_PLR
 
 
+class EvenSplit:
+    """Whole rows of each rank where rows are dealt to copies one by one, an original first.
+
+    An estimate of what a server does: it deals by the places of tokens, not by experts.
+    """
+
+    def __init__(self, layers: tuple[LayerPlacement, ...], topology: Topology) -> None:
+        self._num_ranks = topology.num_ranks
+        homes, moved = [], []
+        for number, layer in enumerate(layers):
+            ranks: dict[int, list[int]] = {}
+            for replica in layer.replicas:
+                home = replica.expert // topology.experts_per_rank
+                ranks.setdefault(replica.expert, [home]).append(replica.rank)
+            for expert, held in ranks.items():
+                homes.append((number, expert, held[0]))
+                for turn, rank in enumerate(held):
+                    moved.append((number, expert, rank, turn, len(held)))
+        self._homes = np.array(homes, dtype=np.int64).reshape(-1, 3).T
+        self._moved = np.array(moved, dtype=np.int64).reshape(-1, 5).T
+
+    def __call__(self, rows_LE: IntArray) -> IntArray:
+        """Rows of each rank, [L, R]; they add up to the rows routed."""
+        rows_LR: IntArray = rows_LE.reshape(len(rows_LE), self._num_ranks, -1).sum(axis=2)
+        layer, expert, rank = self._homes
+        np.subtract.at(rows_LR, (layer, rank), rows_LE[layer, expert])
+        layer, expert, rank, turn, num_copies = self._moved
+        rows = rows_LE[layer, expert]
+        np.add.at(rows_LR, (layer, rank), rows // num_copies + (turn < rows % num_copies))
+        return rows_LR
+
+
 def lis(rows_LE: IntArray, layers: tuple[LayerPlacement, ...]) -> FloatArray:
     """R&Q's load-imbalance score of each layer: E times the busiest copy's rows over all rows.
 

@@ -199,8 +199,8 @@ class ControllerLink:
             "process_id": self._process.pid,
             "num_passes": self._num_submitted,
             "trace": self._trace_state,
-            "trace_folder": self._trace_folder,
         }
+        controller["trace_folder"] = self._trace_folder
         if self._answer:
             controller["last_decision"] = unpacked(self._answer.decision)
         return {

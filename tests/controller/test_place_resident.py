@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moelb.controller.place_resident import ResidentLimits, place_resident
-from sglang_moelb.controller.resident_load import LoadSums, lis, rank_rows
+from sglang_moelb.controller.resident_load import EvenSplit, LoadSums, lis, rank_rows
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -121,6 +121,19 @@ def test_rows_are_neither_lost_nor_made() -> None:
     rows = np.array([[[9, 1, 1, 1]]])
     np.testing.assert_allclose(rank_rows(rows, layers, topology), [[[5.5, 6.5]]])
     np.testing.assert_allclose(lis(rows[0], layers), [4 * 4.5 / 12])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_an_even_split_of_whole_rows_loses_none_and_is_near_the_halves(
+    case: tuple[np.ndarray, np.ndarray, Topology, ResidentLimits],
+) -> None:
+    rows, importance, topology, limits = case
+    layers = place_resident(rows, importance, topology, limits)
+    split_LR = EvenSplit(layers, topology)(rows)
+    assert (split_LR.sum(axis=1) == rows.sum(axis=1)).all()
+    num_copies = max(len(layer.replicas) for layer in layers) + 1
+    assert np.abs(split_LR - rank_rows(rows[None], layers, topology)[0]).max() <= num_copies
 
 
 def test_the_example_of_the_layout_holds() -> None:
