@@ -5,8 +5,9 @@ replicas are stored at low precision, and so are the least important originals, 
 memory grows. Never low: originals with replicas, and the most important share of each layer.
 
 1. Replicas, layer by layer: the aim `experts` copies the expert whose busiest copy has most rows to
-   the least loaded rank without one (R&Q copies one a layer; the rank is ours, the paper has none);
-   the aim `ranks` takes the copy that leaves the least on the busiest rank (ours).
+   the least loaded rank without one (R&Q copies one a layer; the rank is ours, the paper has none),
+   until that expert has no rank to go to; the aim `ranks` takes the copy that leaves the least on
+   the busiest rank (ours). Slots that `experts` leaves free are filled as under `ranks`.
 2. Payment, rank by rank over all layers: the least important originals, as few as bring the rank
    within its budget of bytes. Where they do not suffice, the layer that is left most even without
    gives up its last replicas, down to that rank's.
@@ -18,7 +19,7 @@ Shape letters: L MoE layers, E logical experts, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ def place_resident(
 
     Raises `PlacementError` where no choice of low experts meets the budget, without replicas even.
 
-    Example: rows (9, 1, 1, 1, 1, 1) on 2 ranks of one slot, importance (0, 1, 2, 3, 4, 5), none
+    Example: rows (9, 3, 0, 1, 1, 1) on 2 ranks of one slot, importance (0, 1, 2, 3, 4, 5), none
     kept: rank 1 takes a copy of expert 0 and stores its experts 3 and 4 low. One would do, but for
     the scales: in fp8 an expert takes a little more than half.
     """
@@ -73,8 +74,8 @@ def place_resident(
             f"rows of shape {rows_LE.shape} and importance of shape {importance_LE.shape}: the "
             f"model has {topology.num_layers} MoE layers of {topology.num_experts} experts"
         )
-    choose = _heaviest if limits.aim == "experts" else _best_for_ranks
-    replicas = [_replicas(rows_E, topology, limits.num_slots, choose) for rows_E in rows_LE]
+    rules = RULES[limits.aim]
+    replicas = [_replicas(rows_E, topology, limits.num_slots, rules) for rows_E in rows_LE]
     while isinstance(low_LE := _low_experts(replicas, importance_LE, topology, limits), _Unpaid):
         if not _give_up_one(replicas, rows_LE, low_LE.rank):
             _refuse_budget(low_LE, topology, limits)
@@ -124,15 +125,16 @@ def _replicas(
     rows_E: IntArray,
     topology: Topology,
     num_slots: int,
-    choose: Callable[[_Layer], tuple[int, int] | None],
+    rules: Sequence[Rule],
 ) -> list[Replica]:
     layer = _Layer(rows_E, topology, num_slots)
     made: list[Replica] = []
-    while (found := choose(layer)) is not None:
-        expert, rank = found
-        layer.held_ER[expert, rank] = True
-        layer.free_R[rank] -= 1
-        made.append(Replica(expert=expert, rank=rank))
+    for choose in rules:
+        while (found := choose(layer)) is not None:
+            expert, rank = found
+            layer.held_ER[expert, rank] = True
+            layer.free_R[rank] -= 1
+            made.append(Replica(expert=expert, rank=rank))
     return made
 
 
@@ -162,6 +164,13 @@ def _best_for_ranks(layer: _Layer) -> tuple[int, int] | None:
             if after_R.max() < best[0]:
                 best = (float(after_R.max()), int(expert), int(rank))
     return None if best[1] < 0 else (best[1], best[2])
+
+
+Rule = Callable[[_Layer], tuple[int, int] | None]
+RULES: Mapping[str, Sequence[Rule]] = {
+    "experts": (_heaviest, _best_for_ranks),
+    "ranks": (_best_for_ranks,),
+}
 
 
 def _low_experts(

@@ -156,7 +156,7 @@ def test_the_hottest_expert_of_each_layer_is_copied_to_the_idlest_rank() -> None
 def test_the_example_of_the_planner_holds() -> None:
     topology = Topology(num_layers=1, num_experts=6, num_ranks=2, topk=1)
     limits = ResidentLimits(expert_bytes=BYTES, keep_share=0.0)
-    rows, importance = np.array([[9, 1, 1, 1, 1, 1]]), np.arange(6.0)[None]
+    rows, importance = np.array([[9, 3, 0, 1, 1, 1]]), np.arange(6.0)[None]
     (layer,) = place_resident(rows, importance, topology, limits)
     assert layer.replicas == (Replica(expert=0, rank=1),)
     assert layer.low_experts == (3, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,11 @@ def exact(serve: Serve) -> dict[str, Said]:
 @pytest.fixture(scope="module")
 def server(
     serve: Serve, exact: dict[str, Said], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+) -> Server:
     path: Path = tmp_path_factory.mktemp("placement") / "p.json"
     path.write_bytes(make_placement().to_json())
     config = {**SETTINGS, "resident": {"placement": str(path)}}
-    yield serve("vl", *NO_CACHE, "--moelb-mode", "none", "--moelb-config", json.dumps(config))
+    return serve("vl", *NO_CACHE, "--moelb-mode", "none", "--moelb-config", json.dumps(config))
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))

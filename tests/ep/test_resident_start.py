@@ -118,7 +118,7 @@ def test_the_experts_of_another_model_are_refused(start: Callable[..., Any]) -> 
     small = ExpertBytes(high=4000, low=2001)
     before, after = memory_of((LAYER, LAYER), TOPOLOGY, small)
     made = placement(expert_bytes=small, memory=RankMemory(before=before, after=after))
-    with pytest.raises(SystemExit, match="experts of 2001 bytes in fp8.*calibrate with this"):
+    with pytest.raises(SystemExit, match=r"experts of 2001 bytes in fp8.*calibrate with this"):
         start(made)
 
 
