@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from sglang_moelb import words
-from sglang_moelb.types import READY_MODES, Lever, Mode, Policy
+from sglang_moelb.types import Lever, Mode, Policy
 from sglang_moelb.words import CHOICES
 
 CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
@@ -133,32 +133,23 @@ class Config(_Section, frozen=True):
         return msgspec.json.encode(self).decode()
 
 
-def parse(tree: dict[str, Any], *, check_mode: bool = True) -> Config:
-    """Build a `Config` from plain JSON types. Raises `ConfigError`.
-
-    With `check_mode` a mode whose lever is not there yet is refused by name.
-    """
+def parse(tree: dict[str, Any]) -> Config:
+    """Build a `Config` from plain JSON types. Raises `ConfigError`."""
     _reject_not_finite(tree)
     try:
-        config = msgspec.convert(tree, Config)
+        return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(tree, str(error))) from error
-    if check_mode and config.mode not in READY_MODES:
-        raise ConfigError(
-            f"moelb mode: {config.mode!r} is not available in this version: its lever is not "
-            f"there yet. Use one of {', '.join(READY_MODES)}."
-        )
-    return config
 
 
-def merge(config: Config, changes: dict[str, Any], *, check_mode: bool = True) -> Config:
+def merge(config: Config, changes: dict[str, Any]) -> Config:
     """`config` with `changes` (a partial tree of plain JSON types) laid over it.
 
     Raises `ConfigError` for an unknown knob or a wrong value; `config` itself never changes.
     """
     tree = msgspec.to_builtins(config)
     _lay_over(tree, changes, "")
-    return parse(tree, check_mode=check_mode)
+    return parse(tree)
 
 
 def load(source: str) -> dict[str, Any]:

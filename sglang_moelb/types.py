@@ -34,7 +34,6 @@ MODES: tuple[Mode, ...] = (
     "replicate",
     "auto",
 )
-READY_MODES: tuple[Mode, ...] = MODES
 
 Phase = Literal["prefill", "decode", "idle"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_moelb.doctor.facts import Facts, Mark, Row
-from sglang_moelb.types import MODES, READY_MODES
+from sglang_moelb.types import MODES
 
 ABILITY = "what works"
 MIN_MEMORY_MIB = 5 * 1024  # a server of 2 ranks on CPU: 5 processes of 0.7 GiB, and the client
 RANK_CHOICES = (2, 4, 8)  # one host; DeepEP has tuned configurations for these
-LOSSY = ("expand", "drop", "auto")
+LOSSY = ("expand", "drop", "downgrade", "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,14 +115,6 @@ def abilities(facts: Facts) -> list[Row]:
 
 def _mode(mode: str, gpu: list[Need], cpu: list[Need]) -> Row:
     what = f"mode {mode}"
-    if mode not in READY_MODES:
-        return Row(
-            section=ABILITY,
-            what=what,
-            mark=Mark.NOTE,
-            found="its lever is not in this version; a server refuses it at start",
-            fix=f"use one of {', '.join(READY_MODES)}",
-        )
     places = [name for name, needs in (("GPUs", gpu), ("CPU", cpu)) if not needs]
     note = "lossy" if mode in LOSSY else "same output as stock"
     return _row(what, [] if places else cpu, f"on {' and '.join(places)}, {note}")

@@ -102,7 +102,7 @@ def config_of(args: argparse.Namespace) -> Config | None:
     if not given:
         return None
     tree = configuration.load(given["moelb_config"]) if "moelb_config" in given else {}
-    config = configuration.merge(Config(), tree, check_mode="moelb_mode" not in given)
+    config = configuration.merge(Config(), tree)
     for name, (knob, _, _) in SHORTCUTS.items():
         if name in given:
             config = _with_flag(config, name, knob, given[name])
@@ -117,7 +117,7 @@ def config_of(args: argparse.Namespace) -> Config | None:
 def _with_flag(config: Config, name: str, knob: str, value: Any) -> Config:
     section, key = knob.split(".")
     try:
-        return configuration.merge(config, {section: {key: value}}, check_mode=False)
+        return configuration.merge(config, {section: {key: value}})
     except ConfigError as error:
         raise ConfigError(f"--{name.replace('_', '-')} {value}: {error}") from error
 

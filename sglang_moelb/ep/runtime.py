@@ -2,7 +2,7 @@
 
 All methods are called by SGLang's serving thread through `ep.points`.
 
-Shape letters: L MoE layers, R ranks, W width of a layer's row.
+Shape letters: T rows of this rank, K top-k, L MoE layers, R ranks, W width of a layer's row.
 """
 
 from __future__ import annotations

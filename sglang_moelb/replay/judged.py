@@ -52,4 +52,4 @@ def timed(record: StepRecord, machine: Machine) -> StepRecord:
 
 
 def _judging(config: Config) -> Config:
-    return merge(config, {"verdict": {"enabled": True}}, check_mode=False)
+    return merge(config, {"verdict": {"enabled": True}})

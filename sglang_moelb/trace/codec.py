@@ -68,7 +68,7 @@ def encode_config(config: Config) -> bytes:
 
 def decode_config(payload: bytes) -> ConfigChange:
     """Inverse of `encode_config`. Raises `ValueError`."""
-    return ConfigChange(config=parse(decode_payload(payload, dict[str, Any]), check_mode=False))
+    return ConfigChange(config=parse(decode_payload(payload, dict[str, Any])))
 
 
 def encode_pass(traced: TracedPass, topology: Topology) -> bytes:

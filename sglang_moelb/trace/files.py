@@ -26,7 +26,7 @@ class TraceFiles:
     def config(self) -> Config:
         """The configuration at the first pass. Raises `TraceError`."""
         try:
-            return parse(self.header.config, check_mode=False)
+            return parse(self.header.config)
         except ConfigError as error:
             raise TraceError(f"{self.files[0]}: its configuration cannot be read: {error}") from (
                 error

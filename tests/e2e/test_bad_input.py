@@ -25,7 +25,7 @@ BAD_BODIES: list[tuple[Any, str]] = [
     (b'{"a":' * 50_000, "not valid JSON"),
     ([1], "must be a JSON object"),
     ({"modus": "drop"}, "unknown knob 'modus'"),
-    ({"mode": "replicate"}, "not available"),
+    ({"mode": "replicate"}, "no memory for copies"),
     ({"capacity": {"factor": -1}}, "capacity.factor is -1"),
     ({"capacity": {"factor": 1e300}}, "capacity.factor is 1e+300"),
     ({"capacity": {"min_batch_tokens": 1 << 70}}, "capacity.min_batch_tokens is"),

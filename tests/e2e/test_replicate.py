@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
 from typing import Any
 
 import pytest
 
 from .conftest import Serve, Server
 from .talk import (
-    CROWD_IMAGE,
     IMAGE,
     NO_CACHE,
-    NUM_EXPERTS,
     NUM_LAYERS,
     NUM_RANKS,
     SETTINGS,
     TEXT,
     TWO_IMAGES,
     Said,
-    call,
     change,
     passes_of,
     say,
-    say_together,
-    status,
 )
 
 pytestmark = pytest.mark.e2e

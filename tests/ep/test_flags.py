@@ -147,8 +147,6 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "tokens negative": (["--moelb-min-batch-tokens", "-3"], ["--moelb-min-batch-tokens -3"]),
     "budget": (["--moelb-quality-budget", "1.5"], ["--moelb-quality-budget 1.5", "<= 1"]),
     "gain": (["--moelb-min-gain", "-0.1"], ["--moelb-min-gain -0.1", ">= 0"]),
-    "replicate": (["--moelb-mode", "replicate"], ["'replicate' is not available", "Use one of"]),
-    "mode in the file": (["--moelb-config", '{"mode": "replicate"}'], ["'replicate'"]),
     "unknown mode in the file": (
         ["--moelb-config", '{"mode": "fast"}'],
         ["mode is 'fast'", "use one of none, observe"],

@@ -113,7 +113,7 @@ BAD_BODIES: dict[str, tuple[Any, str]] = {
     "unknown mode": ({"mode": "bad"}, "mode is 'bad'; use one of none, observe"),
     "mode of a wrong type": ({"mode": 3}, "mode is 3; use one of"),
     "mode an object": ({"mode": {"a": 1}}, "mode is {'a': 1}; use one of"),
-    "mode without its lever": ({"mode": "replicate"}, "'replicate' is not available"),
+    "mode without its memory": ({"mode": "replicate"}, "has no memory for copies of experts"),
     "section of a wrong type": ({"capacity": 5}, "capacity must be an object, found 5"),
     "section null": ({"capacity": None}, "capacity must be an object, found None"),
     "negative factor": ({"capacity": {"factor": -1}}, "capacity.factor is -1: "),
@@ -226,6 +226,19 @@ def test_a_server_with_slots_goes_into_downgrade_and_back(manager: Manager) -> N
         code, answer = change(routes, {"mode": mode})
         assert (code, answer["config"]["mode"]) == (200, mode)
         assert answer["config"]["downgrade"]["slots"] == 2
+
+
+def test_a_server_with_room_for_copies_goes_into_replicate_and_back(manager: Manager) -> None:
+    ready = merge(Config(), {"mode": "auto", "replicate": {"ready": True, "slots": 3}})
+    routes = Routes(manager, ready)
+    for mode in ("none", "replicate", "observe", "replicate"):
+        code, answer = change(routes, {"mode": mode})
+        assert (code, answer["config"]["mode"]) == (200, mode)
+        assert answer["config"]["replicate"]["slots"] == 3
+    code, answer = change(routes, {"replicate": {"slots": 4}})
+    assert code == 400
+    assert "replicate.slots is 4: it decides about memory at start" in answer["error"]
+    assert change(routes, {"replicate": {"min_rows": 128}})[0] == 200
 
 
 @pytest.mark.parametrize(

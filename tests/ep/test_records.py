@@ -17,8 +17,10 @@ from sglang_moelb.ep.exchange import Exchange
 from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.observe import observe
 from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
+from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger, balancedness
+from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
 from sglang_moelb.types import (
     Level,
@@ -36,7 +38,8 @@ from .ranks import Ranks
 pytestmark = pytest.mark.dist
 
 HOST = torch.device("cpu")
-POLICY = Policy(epoch=3, capacity_factor=0.8)
+POLICY = Policy(epoch=3, capacity_factor=0.8, min_copy_rows=1)
+NUM_SLOTS = 2
 MASS_PER_TOKEN = 1.0  # of a token in a layer: these routings are renormalised
 NAMES = ("random", "skewed", "ties", "idle-rank", "padded", "last-expert", "all-protected")
 
@@ -66,12 +69,19 @@ def one_pass(
             log.plans_L.append(plan_low(routed, agreed, sizes, exchange))
             ids_L.append(routed.ids_TK)
             continue
+        if lever is Lever.REPLICATE:
+            plan = plan_copies(routed, agreed.policy, sizes, exchange, num_slots=NUM_SLOTS)
+            log.copies_L.append(plan)
+            ids_L.append(_at_home(routed.ids_TK, plan, sizes, rank))
+            continue
         log.outcomes_L.append(balancer.run(routed, agreed, lever))
         ids_L.append(log.outcomes_L[-1].ids_TC)
     if lever is Lever.NONE:
         counts_RLW, stats_R8 = observe(
             ids_L, layers[0].flags_T, exchange, num_experts=sizes.num_experts
         ), None
+    elif lever is Lever.REPLICATE:
+        counts_RLW, stats_R8 = torch.stack([plan.counts_RW for plan in log.copies_L], dim=1), None
     elif lever is Lever.DOWNGRADE:
         counts_RLW, stats_R8 = torch.stack([plan.counts_RW for plan in log.plans_L], dim=1), None
     else:
@@ -83,6 +93,17 @@ def one_pass(
     parts = (shared.counts_SRLW, shared.stats_SR8, shared.low_SLE, shared.copied_SLR2)
     arrays = [part[told.slot] for part in parts]
     return build(told, *arrays, sizes, rank, MASS_PER_TOKEN), ids_L
+
+
+def _at_home(
+    ids_TK: torch.Tensor, plan: CopyPlan, sizes: Topology, rank: int
+) -> torch.Tensor:
+    """For each row an expert whose home is the rank that computes it."""
+    physical_TK = reroute(
+        ids_TK, plan.counts_RW, plan.slots_RS, plan.quota_ER, my_rank=rank
+    )
+    num_places = sizes.experts_per_rank + NUM_SLOTS
+    return (physical_TK // num_places * sizes.experts_per_rank).where(physical_TK >= 0, -1)
 
 
 def run_pass(
@@ -153,7 +174,7 @@ def test_rows_after_equal_what_the_cut_really_left_on_each_rank(
 
 
 @pytest.mark.parametrize("rule", list(Rule))
-@pytest.mark.parametrize("lever", list(Lever))
+@pytest.mark.parametrize("lever", [one for one in Lever if one is not Lever.REPLICATE])
 def test_masses_and_row_counts_of_all_ranks_tokens_equal_sums_of_weights(
     ranks: Ranks, lever: Lever, rule: Rule
 ) -> None:
@@ -220,11 +241,35 @@ def test_the_ledger_sums_masses_and_shows_shares_of_the_last_pass(ranks: Ranks) 
         ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
     totals, newest = ledger.totals(), ledger.newest()
     assert totals["num_passes"] == totals["num_prefill_passes"] == 70
-    assert totals["num_passes_by_lever"] == {"none": 0, "expand": 0, "drop": 70, "downgrade": 0}
+    assert totals["num_passes_by_lever"] == {
+        "none": 0, "expand": 0, "drop": 70, "downgrade": 0, "replicate": 0,
+    }  # fmt: skip
     assert totals["lost_mass"] == pytest.approx(70 * record.lost_mass)
     assert newest["lost_share"] == pytest.approx(record.lost_mass / record.routed_mass)
     assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
     assert newest["rows_after_R"] == record.rows_after_LR.sum(axis=0).tolist()
+
+
+def test_copies_of_experts_are_told_and_nothing_is_lost_or_added(ranks: Ranks) -> None:
+    inputs, results = run_pass(ranks, "skewed", replace(POLICY, lever=Lever.REPLICATE))
+    for record, _ in results:
+        assert record.num_copies_LR is not None
+        assert record.num_copies_LR.shape == (2, 4)
+        assert (record.num_copies_LR <= NUM_SLOTS).all()
+        assert record.num_copies_LR.any()
+        assert record.rows_after_LR.sum() == record.rows_LEM.sum()
+        assert (record.lost_mass, record.moved_mass) == (0, 0)
+        assert (record.num_dropped_rows, record.num_added_rows) == (0, 0)
+        tokens = sum(num_tokens_of(mine[0]) for mine in inputs)
+        assert record.routed_mass == tokens * 2 * MASS_PER_TOKEN
+    ledger = Ledger(topology(4))
+    record = results[0][0]
+    for _ in range(3):
+        ledger.add(record, None)  # type: ignore[arg-type]  # effects are not shown
+    assert ledger.totals()["num_copies"] == 3 * int(record.num_copies_LR.sum())
+    newest = ledger.newest()
+    assert newest["num_copies_R"] == record.num_copies_LR.sum(axis=0).tolist()
+    assert max(newest["balance_after_L"]) < max(newest["balance_before_L"])
 
 
 def test_rows_at_low_precision_are_all_rows_of_the_ranks_that_the_rule_names(ranks: Ranks) -> None:

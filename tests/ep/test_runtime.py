@@ -398,7 +398,7 @@ def test_a_partial_state_update_keeps_the_other_knobs(runtime: Runtime, clock: C
 
 @pytest.mark.parametrize(
     "numbers",
-    [{"mode": 99}, {"mode": -1}, {"unheard": 1}, {"capacity.factor": 0.0}, {"mode": 5}],
+    [{"mode": 99}, {"mode": -1}, {"unheard": 1}, {"capacity.factor": 0.0}, {"replicate.slots": 1}],
 )
 def test_a_wrong_state_update_is_handed_back_whole_so_that_sglang_refuses_it(
     runtime: Runtime, clock: Clock, numbers: dict[str, Any]

@@ -1,13 +1,13 @@
-"""The fp8 kernels compile for Hopper as they were meant to be, on a machine without a GPU.
+"""Kernels that move weights compile for Hopper as they were meant to be, without a GPU.
 
-The child process gives Triton a driver that compiles for compute capability 9.0 and launches
-nothing, calls the ops on CPU tensors, and prints what it found.
+The child process calls the ops on CPU tensors under `no_gpu_driver`, and prints what it found.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,35 +15,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 PROGRAM = """
 import json
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-
-class Utils:
-    def load_binary(self, *args):
-        return 0, 0, 0, 0, 1024
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-class Driver:
-    utils = Utils()
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device):
-        return 0
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def launcher_cls(self, source, metadata):
-        return lambda *args: None
-
-driver.set_active(Driver())
+import no_gpu_driver
 from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.convert_fp8 import kernel as convert
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
+from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.quantise_rows import kernel as rows
 
 weights = [torch.zeros(4, 256, 128).bfloat16(), torch.zeros(4, 128, 384).bfloat16()]
@@ -67,7 +49,14 @@ for form in range(3):
         plan.plan_downgrade(
             counts, num_experts=128, capacity_factor=1.0 + share, vision_share=share, form=form
         )
-jits = {"convert": convert._convert, "quantise": rows._quantise, "plan": plan._plan}
+slots = torch.zeros(2, 3, dtype=torch.int32)
+for start in (0, 1):
+    experts = [[torch.zeros(4, width).bfloat16()] * 2 for width in (256, 128)]
+    staged = [torch.zeros(3, width).bfloat16() for width in (256, 128)]
+    for my_rank in (0, 1):
+        pull.pull_experts(experts, slots, staged, my_rank=my_rank, num_programs=20 + start)
+jits = {"convert": convert._convert, "quantise": rows._quantise}
+jits |= {"plan": plan._plan, "pull": pull._pull}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
     jits[name] = [variant.asm["ptx"] for variant in cache.values()]
@@ -83,6 +72,7 @@ def ptx() -> dict[str, list[str]]:
     child = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -98,6 +88,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "convert": 2,  # one program an SM, or more
         "quantise": 4,  # gated or not, all rows or some
         "plan": 3,  # forms
+        "pull": 2,  # ranks
     }
 
 
@@ -109,6 +100,17 @@ def test_weights_and_rows_are_read_16_bytes_a_thread(ptx: dict[str, list[str]]) 
         wide = re.findall(r"\bld\.global\S*\.v4\.b32", text)
         assert len(re.findall(r"\bld\.global", text)) - len(wide) <= 1  # num_rows_valid
         assert wide
+
+
+def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:
+    for text in ptx["pull"]:
+        loads = re.findall(r"\bld\.global\S*", text)
+        wide = [load for load in loads if ".v4.b32" in load]
+        assert len(wide) == 8
+        assert len(loads) - len(wide) <= 3  # the plan, and two addresses
+        stores = re.findall(r"\bst\.global\S*", text)
+        assert len(stores) == 8
+        assert all(".v4.b32" in store for store in stores)
 
 
 def test_values_are_cast_by_the_instruction_that_saturates(ptx: dict[str, list[str]]) -> None:

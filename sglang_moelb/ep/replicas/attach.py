@@ -2,7 +2,7 @@
 
 Runs when the model has been loaded, before SGLang sizes its KV cache.
 
-Shape letters: N rows, K top-k, R ranks, W row width, S slots of a rank.
+Shape letters: L MoE layers.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ them and the last run that read them; the main lane waits for the writing before
 of a layer comes behind the experts of the one before on the main lane, so one set of slots serves
 all layers. What is read of peers never changes while they serve, so no rank waits for another.
 
-Shape letters: T rows of this rank, K top-k, N received rows.
+Shape letters: T rows of this rank, K top-k, L MoE layers, R ranks.
 """
 
 from __future__ import annotations
@@ -119,12 +119,11 @@ class ReplicateLever:
         planned = self._lanes.mark()
         after = (planned,) if self._read is None else (planned, self._read)
         with self._lanes.aside(after):
-            for whole, own_R in ((experts.w13, experts.w13_R), (experts.w2, experts.w2_R)):
-                pull_experts(
-                    own_R,
-                    plan.slots_RS,
-                    whole[num_own:],
-                    my_rank=self._rank,
-                    num_programs=NUM_PROGRAMS,
-                )
+            pull_experts(
+                (experts.w13_R, experts.w2_R),
+                plan.slots_RS,
+                (experts.w13[num_own:], experts.w2[num_own:]),
+                my_rank=self._rank,
+                num_programs=NUM_PROGRAMS,
+            )
             return self._lanes.mark_aside()

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sglang_moelb.ep.replicas.device_pages import DevicePages
 from sglang_moelb.ep.replicas.exchange_files import exchange_files
 from sglang_moelb.ep.replicas.host_pages import HostPages
 from sglang_moelb.ep.replicas.pages import MappingError, Pages, rounded_up
@@ -85,7 +86,7 @@ def map_experts(
         MappingError: on all ranks alike, where one of them cannot: ranks on several hosts, no peer
             access, no memory. Layers stay usable; if memory ended on the way, some have moved.
     """
-    pages = _pages(layers[0].w13_weight.device)
+    pages = _agreed(group, lambda: _pages(layers[0].w13_weight.device))
     _agreed(group, lambda: _check_layers(layers))
     _try_peers(pages, rank, group)
     slots = _agreed(group, lambda: [_slots(pages, layers[0], name, num_slots) for name in NAMES])
@@ -106,9 +107,7 @@ def map_experts(
 
 
 def _pages(device: torch.device) -> Pages:
-    if device.type == "cpu":
-        return HostPages()
-    raise MappingError(f"experts on {device}: only those on CPU can be mapped")
+    return DevicePages(device) if device.type == "cuda" else HostPages()
 
 
 def _agreed(group: dist.ProcessGroup, step: Callable[[], Result]) -> Result:

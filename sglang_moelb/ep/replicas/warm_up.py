@@ -2,7 +2,7 @@
 
 The first pass would else stall the other ranks into DeepEP's timeout.
 
-Shape letters: L layers, T tokens, N rows, K top-k, R ranks, W row width.
+Shape letters: T tokens, N rows, K top-k, R ranks, E experts, S slots of a rank, W row width.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ def warm_up(layer: Any, experts: LayerExperts, topology: Topology, rank: int) ->
         (topology.num_ranks, num_slots), -1, dtype=torch.int32, device=experts.w13.device
     )
     slots_RS[:, 0] = rank * experts.num_own
-    for whole, own_R in ((experts.w13, experts.w13_R), (experts.w2, experts.w2_R)):
-        pull_experts(own_R, slots_RS, whole[experts.num_own :], my_rank=rank)
+    pull_experts(
+        (experts.w13_R, experts.w2_R),
+        slots_RS,
+        (experts.w13[experts.num_own :], experts.w2[experts.num_own :]),
+        my_rank=rank,
+    )
     wide = SimpleNamespace(w13_weight=experts.w13, w2_weight=experts.w2)
     layer.quant_method.apply(layer=wide, dispatch_output=_some_rows(layer, experts))
     torch.cuda.synchronize()

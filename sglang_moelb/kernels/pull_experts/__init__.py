@@ -1,6 +1,6 @@
 """Weights of the experts in this rank's slots, copied from the ranks that hold them.
 
-Shape letters: R ranks, S slots of a rank.
+Shape letters: P parts of an expert's weights, R ranks, S slots of a rank.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["pull_experts"]
 
 
 def pull_experts(
-    experts_R: Sequence[Tensor],
+    experts_PR: Sequence[Sequence[Tensor]],
     slots_RS: Tensor,
-    staged: Tensor,
+    staged_P: Sequence[Tensor],
     *,
     my_rank: int,
     num_programs: int = 32,
 ) -> None:
-    """Copy the experts that a replica plan puts in this rank's slots. Source: ours.
+    """Copy the experts that a replica plan puts in this rank's slots, in one launch. Source: ours.
 
     The plan is read on the device: an empty slot costs nothing and nothing waits for the host. Work
     is dealt chunk by chunk over the slots in use, so that all their sources are read at once. The
@@ -30,12 +30,13 @@ def pull_experts(
     nobody reads the slots meanwhile.
 
     Args:
-        experts_R: each rank's own experts, contiguous and of one shape and dtype, expert first. On
-            a device: all mapped into this process, as symmetric memory gives them. The same tensors
-            at every call: their addresses are brought to the device once, before any capture.
+        experts_PR: of each part of the weights, at most two (w13 and w2), each rank's own experts,
+            contiguous and of one shape and dtype, expert first. On a device: all mapped into this
+            process. The same tensors at every call: the addresses of a layer are brought to the
+            device once, before any capture.
         slots_RS: int32 logical experts or -1, of `place_replicas`.
-        staged: the slots of this rank, contiguous, slot first, else shaped like the experts. Slots
-            without an expert are left as they are.
+        staged_P: of each part the slots of this rank, contiguous, slot first, else shaped like the
+            experts. Slots without an expert are left as they are.
         my_rank: whose slots are filled.
         num_programs: programs that copy, each on an SM; fewer leave more to other kernels.
 
@@ -44,9 +45,9 @@ def pull_experts(
             are no multiple of 16.
     """
     pull = ref.pull_experts
-    if staged.is_cuda:
+    if slots_RS.is_cuda:
         # Imported late, because a host without a CUDA device may lack Triton.
         from sglang_moelb.kernels.pull_experts import kernel
 
         pull = kernel.pull_experts
-    pull(experts_R, slots_RS, staged, my_rank=my_rank, num_programs=num_programs)
+    pull(experts_PR, slots_RS, staged_P, my_rank=my_rank, num_programs=num_programs)

@@ -1,7 +1,8 @@
 """Triton kernel of `pull_experts`: programs that walk over the chunks of all slots in use.
 
 A program reads the plan itself. Piece i of the work is chunk i // n of the (i % n)-th of the n
-slots in use, so programs that run side by side read from different experts.
+slots in use, so programs that run side by side read from different experts. An expert's chunks are
+those of its first part, then those of its second.
 
 Example: rank 1 of 2 with two experts each, slots [1, -1, 0], experts of two chunks, two programs:
 
@@ -9,7 +10,7 @@ Example: rank 1 of 2 with two experts each, slots [1, -1, 0], experts of two chu
     program 0 expert 1 chunk 0 to slot 0, then its chunk 1
     program 1 expert 0 chunk 0 to slot 2, then its chunk 1
 
-Shape letters: R ranks, S slots of a rank.
+Shape letters: P parts of an expert's weights, R ranks, S slots of a rank.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ WORD_BYTES = 4
 def _pull(
     addresses_ptr,
     slots_ptr,
-    staged_ptr,
     MY_RANK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
-    EXPERT_WORDS: tl.constexpr,
+    WORDS_0: tl.constexpr,
+    WORDS_1: tl.constexpr,
     TILE_SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -45,49 +47,66 @@ def _pull(
     used = held >= 0
     order = tl.cumsum(used.to(tl.int32), axis=0)
     num_used = tl.sum(used.to(tl.int32))
-    num_pieces = num_used * tl.cdiv(EXPERT_WORDS, CHUNK)
+    CHUNKS_0: tl.constexpr = (WORDS_0 + CHUNK - 1) // CHUNK
+    CHUNKS_1: tl.constexpr = (WORDS_1 + CHUNK - 1) // CHUNK
+    num_pieces = num_used * (CHUNKS_0 + CHUNKS_1)
     for piece in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
         is_it = used & (order == piece % num_used + 1)
         expert = tl.sum(tl.where(is_it, held, 0))
         to = tl.sum(tl.where(is_it, slot, 0))
-        word = (piece // num_used) * CHUNK + tl.arange(0, CHUNK)
-        inside = word < EXPERT_WORDS
-        source = tl.load(addresses_ptr + expert // NUM_LOCAL).to(tl.pointer_type(tl.int32))
-        source = tl.multiple_of(source, 16)
-        source += (expert % NUM_LOCAL).to(tl.int64) * EXPERT_WORDS
+        chunk = piece // num_used
+        part = (chunk >= CHUNKS_0).to(tl.int32)
+        num_words = tl.where(part == 0, WORDS_0, WORDS_1)
+        word = (chunk - part * CHUNKS_0) * CHUNK + tl.arange(0, CHUNK)
+        inside = word < num_words
+        # An expert's bytes are a multiple of 16, and so is where it begins.
+        num_words = tl.multiple_of(num_words, 4)
+        row_ptr = addresses_ptr + part * (NUM_RANKS + 1)
+        source = tl.load(row_ptr + expert // NUM_LOCAL).to(tl.pointer_type(tl.int32))
+        staged = tl.load(row_ptr + NUM_RANKS).to(tl.pointer_type(tl.int32))
+        source = tl.multiple_of(source, 16) + (expert % NUM_LOCAL).to(tl.int64) * num_words
+        staged = tl.multiple_of(staged, 16) + to.to(tl.int64) * num_words
         words = tl.load(source + word, mask=inside, other=0)
-        tl.store(staged_ptr + to.to(tl.int64) * EXPERT_WORDS + word, words, mask=inside)
+        tl.store(staged + word, words, mask=inside)
 
 
 @lru_cache(maxsize=1024)
-def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """The addresses on the device; brought there at the first call, which waits for the host."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def pull_experts(
-    experts_R: Sequence[Tensor],
+    experts_PR: Sequence[Sequence[Tensor]],
     slots_RS: Tensor,
-    staged: Tensor,
+    staged_P: Sequence[Tensor],
     *,
     my_rank: int,
     num_programs: int = 32,
 ) -> None:
     """See `sglang_moelb.kernels.pull_experts`. Runs on the device of its tensors, no sync."""
-    check_pull(experts_R, slots_RS, staged, my_rank, num_programs)
-    num_slots = slots_RS.shape[1]
+    check_pull(experts_PR, slots_RS, staged_P, my_rank, num_programs)
+    num_ranks, num_slots = slots_RS.shape
     if num_slots == 0:
         return
-    expert_bytes = experts_R[0][:1].numel() * staged.element_size()
-    addresses = tuple(experts.data_ptr() for experts in experts_R)
+    addresses = tuple(
+        tensor.data_ptr()
+        for experts_R, staged in zip(experts_PR, staged_P, strict=True)
+        for tensor in (*experts_R, staged)
+    )
+    words_P = [
+        experts_R[0].stride(0) * experts_R[0].element_size() // WORD_BYTES
+        for experts_R in experts_PR
+    ]
     _pull[(num_programs,)](
-        _addresses(addresses, staged.device),
+        _table(addresses, slots_RS.device),
         slots_RS.contiguous(),
-        staged.view(-1).view(torch.int32),
         MY_RANK=my_rank,
+        NUM_RANKS=num_ranks,
         NUM_SLOTS=num_slots,
-        NUM_LOCAL=len(experts_R[0]),
-        EXPERT_WORDS=expert_bytes // WORD_BYTES,
+        NUM_LOCAL=len(experts_PR[0][0]),
+        WORDS_0=words_P[0],
+        WORDS_1=words_P[1] if len(words_P) > 1 else 0,
         TILE_SLOTS=triton.next_power_of_2(num_slots),
         CHUNK=CHUNK_WORDS,
         num_warps=16,

@@ -7,34 +7,50 @@ from collections.abc import Sequence
 from torch import Tensor
 
 ALIGN_BYTES = 16
+MAX_PARTS = 2
 
 
 def pull_experts(
-    experts_R: Sequence[Tensor],
+    experts_PR: Sequence[Sequence[Tensor]],
     slots_RS: Tensor,
-    staged: Tensor,
+    staged_P: Sequence[Tensor],
     *,
     my_rank: int,
     num_programs: int = 32,
 ) -> None:
     """See `sglang_moelb.kernels.pull_experts`. Runs wherever its tensors are, with a sync."""
-    check_pull(experts_R, slots_RS, staged, my_rank, num_programs)
-    num_local = len(experts_R[0])
+    check_pull(experts_PR, slots_RS, staged_P, my_rank, num_programs)
     for slot, expert in enumerate(slots_RS[my_rank].tolist()):
-        if expert >= 0:
-            staged[slot].copy_(experts_R[expert // num_local][expert % num_local])
+        if expert < 0:
+            continue
+        for experts_R, staged in zip(experts_PR, staged_P, strict=True):
+            rank, place = divmod(expert, len(experts_R[0]))
+            staged[slot].copy_(experts_R[rank][place])
 
 
 def check_pull(
-    experts_R: Sequence[Tensor], slots_RS: Tensor, staged: Tensor, my_rank: int, num_programs: int
+    experts_PR: Sequence[Sequence[Tensor]],
+    slots_RS: Tensor,
+    staged_P: Sequence[Tensor],
+    my_rank: int,
+    num_programs: int,
 ) -> None:
     """Raise ValueError for what does not belong together. Host only, no sync."""
-    if len(slots_RS) != len(experts_R):
-        raise ValueError(f"slots of {len(slots_RS)} ranks, experts of {len(experts_R)}")
-    if not 0 <= my_rank < len(experts_R):
-        raise ValueError(f"my_rank {my_rank} is not one of {len(experts_R)} ranks")
+    if not 1 <= len(experts_PR) <= MAX_PARTS or len(staged_P) != len(experts_PR):
+        raise ValueError(f"experts of {len(experts_PR)} parts, slots of {len(staged_P)}; 1 or 2")
+    if len({len(experts_R[0]) for experts_R in experts_PR}) != 1:
+        raise ValueError("the parts are of different numbers of experts")
+    if not 0 <= my_rank < len(slots_RS):
+        raise ValueError(f"my_rank {my_rank} is not one of {len(slots_RS)} ranks")
     if num_programs < 1:
         raise ValueError(f"num_programs {num_programs}: at least 1 must copy")
+    for experts_R, staged in zip(experts_PR, staged_P, strict=True):
+        _check_part(experts_R, slots_RS, staged)
+
+
+def _check_part(experts_R: Sequence[Tensor], slots_RS: Tensor, staged: Tensor) -> None:
+    if len(slots_RS) != len(experts_R):
+        raise ValueError(f"slots of {len(slots_RS)} ranks, experts of {len(experts_R)}")
     first = experts_R[0]
     for rank, experts in enumerate(experts_R):
         if experts.shape != first.shape or experts.dtype != staged.dtype:
@@ -49,6 +65,6 @@ def check_pull(
             f"slots of shape {tuple(staged.shape)} do not hold {slots_RS.shape[1]} experts of "
             f"shape {tuple(first.shape[1:])}"
         )
-    expert_bytes = first[:1].numel() * first.element_size()
+    expert_bytes = first.stride(0) * first.element_size()
     if expert_bytes == 0 or expert_bytes % ALIGN_BYTES:
         raise ValueError(f"an expert of {expert_bytes} bytes is no multiple of {ALIGN_BYTES}")
