@@ -197,22 +197,23 @@ def warm_up(layer: Any, staging: Staging, group: Any) -> None:
     of one expert, through SGLang's runner; DeepGEMM compiles all sizes on the first rank of a host
     and the others wait at the end. Slot 0 holds zeros.
     """
-    dispatch_output = _some_rows(layer)
+    dispatch_output = some_rows(layer)
     layer.quant_method.apply(layer=layer, dispatch_output=dispatch_output)
     wanted_e = torch.zeros(len(layer.w13_weight), dtype=torch.int32, device="cuda")
     staging.convert(0, wanted_e)
     low_format = staging.low_format
-    low_format.run(layer, low_format.quantised(_some_rows(layer)), staging.ready(0))
+    low_format.run(layer, low_format.quantised(some_rows(layer)), staging.ready(0))
     staging.done(0)
     torch.cuda.synchronize()
     dist.barrier(group=group.cpu_group)
 
 
-def _some_rows(layer: Any) -> Any:
+def some_rows(layer: Any, num_experts: int | None = None) -> Any:
+    """128 rows of zeros for the first of `num_experts`, by default of the layer's, as received."""
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
 
     weight = layer.w13_weight
-    num_experts, _, hidden_size = weight.shape
+    num_experts, hidden_size = num_experts or len(weight), weight.shape[2]
     ids_NK = torch.full((fp8.BLOCK, layer.top_k), -1, dtype=torch.int64, device=weight.device)
     ids_NK[:, 0] = 0
     return DeepEPNormalDispatchOutput(
