@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 4 -m benchmarks.gpu.bench_layer --out rows.json
 
-For each size, lever and skew: observe + exchange + plan + apply of `LayerBalancer`, or without a
-lever the 48 layers of `observe` at once, timed by events round `--inner` calls back to back, median
-and 10th and 90th percentile over `--outer`, of the slowest rank, per layer. Also checks the
-capacity law on the real exchange.
+For each size, lever and skew: observe + exchange + plan + apply of `LayerBalancer`, of `plan_low`,
+or of `plan_copies` and the reroute (8 slots, without the copies, which run beside the dispatch), or
+without a lever the 48 layers of `observe` at once, timed by events round `--inner` calls back to
+back, median and 10th and 90th percentile over `--outer`, of the slowest rank, per layer. Also
+checks the capacity law on the real exchange.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput, group_capacity
 from sglang_moelb.ep.exchange import Exchange, SymmetricExchange, exchange_for
+from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.observe import observe
+from sglang_moelb.ep.replicas.plan import plan_copies
+from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.types import Level, Lever, Policy, Topology
 
 NUM_LAYERS, NUM_EXPERTS, TOPK, HIDDEN = 48, 128, 8, 2048
+NUM_SLOTS = 8
 
 
 def layer_input(num_tokens: int, skew: float, rank: int, num_ranks: int) -> LayerInput:
@@ -94,6 +99,20 @@ def _rank_rows(ids: torch.Tensor, topology: Topology) -> torch.Tensor:
     return rows
 
 
+def replicate(
+    routed: LayerInput,
+    policy: Policy,
+    topology: Topology,
+    exchange: Exchange | SymmetricExchange,
+    rank: int,
+) -> torch.Tensor:
+    """What stands before the dispatch under the lever replicate."""
+    plan = plan_copies(routed, policy, topology, exchange, num_slots=NUM_SLOTS)
+    return reroute(
+        routed.ids_TK, plan.counts_RW, plan.slots_RS, plan.quota_ER, my_rank=rank
+    )
+
+
 def main() -> None:
     """Run all cases; rank 0 writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -141,6 +160,10 @@ def measure(
                     balancer, routed, agreed, topology, rank
                 )
                 call, num_layers = partial(balancer.run, routed, agreed, lever), 1
+                if lever is Lever.DOWNGRADE:
+                    call = partial(plan_low, routed, agreed, topology, exchange)
+                if lever is Lever.REPLICATE:
+                    call = partial(replicate, routed, policy, topology, exchange, rank)
                 if lever is Lever.NONE:
                     ids_L, num_layers = [routed.ids_TK] * NUM_LAYERS, NUM_LAYERS
                     call = partial(

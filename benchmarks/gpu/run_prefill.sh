@@ -9,6 +9,9 @@
 # (conversion for free), and beside fp8 for all experts. A skew may not exceed the number of GPUs.
 #   NUM_GPUS=2 SKEWS=1,1.5,2 REQUESTS=32 REPEATS=3 OUT=results \
 #     SERVERS="downgrade-large stock-large-a resident-large fp8-large" bash benchmarks/gpu/run_prefill.sh
+# Replicas: SERVERS="stock-large-a replicate-large stock-large-b". With N GPUs, a hot rank of skew s
+# gives away (s - 1) / s of its 128 / N experts to N - 1 ranks: SLOTS=8 is enough for skew 3 on 4
+# GPUs; 2 GPUs need SLOTS=32 for skew 2, and 22 for 1.5.
 set -euo pipefail
 num_gpus=${NUM_GPUS:-4} out=${OUT:-results} repeats=${REPEATS:-4} port=${PORT:-31000}
 servers=${SERVERS:-stock-large-a moelb-large stock-large-b stock-small-a moelb-small stock-small-b}
@@ -79,6 +82,9 @@ for label in $servers; do
     moelb-large) flags=(--moelb-mode observe)
       modes=${MODES:-none,observe,drop@1.0,drop@1.25,expand@1.0,expand@1.25} ;;
     downgrade-*) flags=(--moelb-mode downgrade) modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
+    replicate-*)
+      flags=(--moelb-mode replicate --moelb-config "{\"replicate\": {\"slots\": ${SLOTS:-8}}}")
+      modes=${REPLICATE_MODES:-none,observe,replicate} close=1 ;;
     resident-*)
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}')
       modes=${LOW_MODES:-none,downgrade@1.0} close=1 ;;
@@ -98,7 +104,7 @@ for label in $servers; do
     *) echo "SERVERS: unknown server $label" >&2; exit 2 ;;
   esac
   case $label in
-    moelb-* | traced-* | downgrade-* | resident-*)
+    moelb-* | traced-* | downgrade-* | replicate-* | resident-*)
       curl -s "http://127.0.0.1:$port/moelb/status" > "$out/status-$label.json" ;;
   esac
   stop

@@ -107,6 +107,8 @@ class Metrics:
         if record.balance_ms > STALLED_SHARE * record.step_ms > 0:
             self._of("moelb_stalls_total", "pass").inc()
         self._of("moelb_quality_spent_ratio").set(estimate.spent_mass_share)
+        if record.num_copies_LR is not None:
+            self._of("moelb_copied_experts_total").inc(int(record.num_copies_LR.sum()))
         if record.used_lever.cuts:
             self._of("moelb_routed_gate_mass_total").inc(record.routed_mass)
             self._of("moelb_lost_gate_mass_total").inc(record.lost_mass)

@@ -105,8 +105,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="moelb_rank_rows", kind="gauge", answers="helps", unit="rows",
            labels=("rank", "when"), meaning="rows of a rank in the last pass, over all layers"),
     Metric(name="moelb_saved_seconds_total", kind="counter", answers="helps", unit="seconds",
-           meaning="measured gain: rows that drop and expand spared the busiest ranks, at the "
-           "time of a row as fitted on EP rank 0; own time is not taken off"),
+           meaning="measured gain: rows that drop, expand and replicate spared the busiest "
+           "ranks, at the time of a row as fitted on EP rank 0; own time is not taken off"),
     Metric(name="moelb_own_time_seconds", kind="histogram", answers="costs", unit="seconds",
            buckets=SECONDS_BUCKETS,
            meaning="observe, exchange, plan and apply of a prefill pass: host time on a CPU, "
@@ -123,6 +123,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="moelb_added_rows_total", kind="counter", answers="costs", unit="rows",
            meaning="rows added over all ranks",
            off_board="the share of gate mass says what the added rows were worth"),
+    Metric(name="moelb_copied_experts_total", kind="counter", answers="costs", unit="experts",
+           meaning="copies of experts that replicate made, over all ranks and layers",
+           off_board="balance and rows show what the copies brought"),
     Metric(name="moelb_quality_spent_ratio", kind="gauge", answers="costs", unit="ratio",
            meaning="share of gate mass lost over the quality window"),
     Metric(name="moelb_quality_budget_ratio", kind="gauge", answers="costs", unit="ratio",

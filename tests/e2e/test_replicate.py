@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from .conftest import Serve, Server
 from .talk import (
+    CROWD_IMAGE,
     IMAGE,
     NO_CACHE,
+    NUM_EXPERTS,
     NUM_LAYERS,
     NUM_RANKS,
     SETTINGS,
+    SHORT,
     TEXT,
     TWO_IMAGES,
     Said,
+    call,
     change,
     passes_of,
     say,
+    say_together,
+    status,
 )
 
 pytestmark = pytest.mark.e2e
@@ -81,3 +88,104 @@ def test_ranks_are_balanced_and_greedy_tokens_are_those_of_stock(
     assert 0 < sum(one["num_copies_R"]) <= NUM_SLOTS * NUM_RANKS * NUM_LAYERS
     assert one["lost_share"] == 0
     assert apart(said, exact) < TOLERANCE
+
+
+def test_a_request_that_refuses_lossy_levers_takes_part(server: Server) -> None:
+    refusal = {"moelb_lossy": False}
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE, custom_params=refusal)
+    said, passes = said_under(server, MODE, IMAGE, custom_params=refusal)
+    assert passes[0]["lever"] == "replicate"
+    assert sum(passes[0]["num_protected_tokens_R"]) > 0
+    assert max(passes[0]["balance_after_L"]) < 1.02
+    assert apart(said, exact) < TOLERANCE
+
+
+def test_small_passes_and_decode_are_left_alone_to_the_bit(server: Server) -> None:
+    settings = {"capacity": {"min_batch_tokens": 100}}
+    exact, _ = said_under(server, {"mode": "none", **settings}, SHORT)
+    before = status(server)["replicate"]["num_replicated_layers"]
+    said, passes = said_under(server, {**MODE, **settings}, SHORT)
+    assert [p["lever"] for p in passes] == ["none"]
+    assert "below min_batch_tokens 100" in passes[0]["gate_reason"]
+    assert said == exact
+    assert status(server)["replicate"]["num_replicated_layers"] == before
+    said_under(server, MODE, TEXT, num_tokens=8)
+    ran = status(server)["replicate"]["num_replicated_layers"] - before
+    assert ran == NUM_LAYERS, "the one prefill, and none of seven decode passes"
+
+
+def test_no_copy_pays_and_the_answer_is_that_of_none_to_the_bit(server: Server) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE)
+    said, passes = said_under(server, {**MODE, "replicate": {"min_rows": 100_000}}, IMAGE)
+    assert passes[0]["lever"] == "replicate"
+    assert passes[0]["num_copies_R"] == [0] * NUM_RANKS
+    assert passes[0]["rows_after_R"] == passes[0]["rows_before_R"]
+    assert said == exact
+
+
+def test_the_memory_that_is_held_is_told_and_cannot_change(server: Server) -> None:
+    expert_bytes = 4 * (2 * INNER * HIDDEN + HIDDEN * INNER)
+    now = status(server)
+    assert now["memory"]["replicas_bytes"] == NUM_SLOTS * expert_bytes
+    assert now["memory"]["kv_tokens_lost"] > 0
+    assert now["replicate"]["num_slots"] == NUM_SLOTS
+    assert now["topology"]["num_experts"] == NUM_EXPERTS
+    assert "MiB replicas" in server.log.read_text()
+    code, answer = call(server, "/moelb/config", {"replicate": {"slots": 4}})
+    assert code == 400
+    assert "restart the server with it" in answer["error"]
+
+
+def test_the_kill_switch_ends_it_and_the_mode_brings_it_back(server: Server) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE)
+    killed, passes = said_under(server, {**MODE}, IMAGE)
+    assert passes[0]["lever"] == "replicate"
+    killed, passes = said_under(server, {"kill": True}, IMAGE)
+    assert [p["lever"] for p in passes] == ["none"]
+    assert killed == exact
+    assert status(server)["mode"] == "none"
+    _, passes = said_under(server, MODE, IMAGE)
+    assert passes[0]["lever"] == "replicate"
+
+
+def test_switching_under_load_gives_the_answers_of_one_mode_or_the_other_and_no_third(
+    server: Server,
+) -> None:
+    changes = {"none": {"mode": "none"}, "replicate": MODE, "drop": {"mode": "drop"}}
+    known = {mode: said_under(server, changes[mode], TEXT)[0] for mode in changes}
+    assert known["replicate"].tokens == known["none"].tokens
+    assert known["drop"] != known["none"]
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def switch() -> None:
+        for turn in range(24):
+            mode = ("replicate", "none", "drop", "none")[turn % 4]
+            codes.append(call(server, "/moelb/config", {"mode": mode})[0])
+        ended.set()
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    while not ended.is_set():
+        assert say(server, TEXT) in known.values()
+    switching.join()
+    assert codes == [200] * 24
+    change(server, MODE)
+    passes = passes_of(server, lambda: say_together(server, [CROWD_IMAGE, TEXT] * 3))
+    assert any(sum(one["num_copies_R"]) for one in passes)
+    assert status(server)["controller"]["state"] == "running"
+
+
+@pytest.mark.slow
+def test_four_ranks_are_balanced_and_tokens_are_those_of_stock(serve: Serve) -> None:
+    server = serve("text", *FLAGS, ranks=4)
+    change(server, {"mode": "none", **SETTINGS})
+    exact, before = said_under(server, {"mode": "none"}, TEXT)
+    said, passes = said_under(server, MODE, TEXT)
+    (one,) = [p for p in passes if p["lever"] == "replicate"]
+    assert len(one["rows_after_R"]) == 4
+    assert sum(one["rows_after_R"]) == sum(before[0]["rows_before_R"])
+    assert max(one["balance_after_L"]) < 1.02 < max(one["balance_before_L"])
+    assert apart(said, exact) < TOLERANCE
+    crowd = passes_of(server, lambda: say_together(server, [TEXT, SHORT] * 4))
+    assert any(sum(one["num_copies_R"]) for one in crowd)

@@ -468,6 +468,73 @@ def test_downgrade_plans_before_the_dispatch_runs_the_experts_and_leaves_routing
     assert runtime.status()["downgrade"] == {"num_low_layers": 1}
 
 
+class Copying:
+    """The lever replicate, which only says what it was asked."""
+
+    num_slots = 2
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Any, torch.Tensor]] = []
+        self.num_forgotten = 0
+
+    def prepare(self, layer: int, dispatcher: Any, plan: Any, ids_TK: torch.Tensor) -> torch.Tensor:
+        self.asked.append((layer, dispatcher, plan.slots_RS))
+        return ids_TK + 1
+
+    def run(self, layer: Any, dispatch_output: Any) -> Any:
+        return ("wide", layer, dispatch_output) if self.asked else None
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
+
+    def told(self) -> dict[str, int]:
+        return {"num_slots": self.num_slots}
+
+
+def test_replicate_plans_before_the_dispatch_and_changes_ids_only(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, mirroring: Mirroring
+) -> None:
+    copying = Copying()
+    runtime._replicate = copying  # type: ignore[assignment]
+    clock.lever = Lever.REPLICATE
+    routed = layer_input(40, seed=3, popularity_E=4.0 * (torch.arange(NUM_EXPERTS) < 4))
+    before = TopK(routed.weights_TK, routed.ids_TK.int(), routed.logits_TE)
+    runtime.begin_pass(forward_batch(40, PREFILL))
+    after = runtime.before_dispatch(dispatcher, routed.hidden_TD, before)
+    assert torch.equal(after.topk_ids, before.topk_ids + 1)
+    assert after.topk_weights is before.topk_weights
+    ((layer, of, slots_RS),) = copying.asked
+    assert (layer, of) == (0, dispatcher)
+    assert slots_RS.shape == (NUM_RANKS, 2)
+    assert runtime.run_experts("layer", "rows") == ("wide", "layer", "rows")
+    runtime.after_experts()
+    runtime.after_combine()
+    runtime.end_pass()
+    (record,) = clock.records
+    assert record.used_lever is Lever.REPLICATE
+    assert record.num_copies_LR.tolist() == (slots_RS >= 0).sum(dim=1).view(1, -1).tolist()
+    assert record.num_copies_LR.sum() == 0, "a copy of fewer than 256 rows does not pay"
+    assert record.rows_after_LR.sum() == record.rows_LEM.sum()
+    assert (record.lost_mass, record.num_dropped_rows) == (0, 0)
+    assert (copying.num_forgotten, mirroring.num_gathers) == (1, 1)
+    assert runtime.status()["replicate"] == {"num_slots": 2}
+
+
+def test_without_a_lever_the_very_same_tensors_go_on_beside_room_for_copies(
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock
+) -> None:
+    copying = Copying()
+    runtime._replicate = copying  # type: ignore[assignment]
+    for lever in (Lever.NONE, Lever.REPLICATE):
+        clock.lever = lever
+        # the second pass is below min_batch_tokens, 4 over all ranks
+        small = Requests(runs=((1, False),), phase="prefill")
+        requests = PREFILL if lever is Lever.NONE else small
+        before, after = serve(runtime, dispatcher, requests, requests.num_tokens)
+        assert after is before
+    assert copying.asked == []
+
+
 def test_a_server_without_slots_hands_an_update_to_downgrade_back(
     runtime: Runtime, clock: Clock
 ) -> None:

@@ -78,6 +78,16 @@ def test_balance_is_told_before_and_after_the_lever(metrics: Metrics) -> None:
     assert value("moelb_saved_seconds_total") == pytest.approx(3 * 8 * 0.01 / 1e3)
 
 
+def test_copies_of_experts_are_counted_and_lose_nothing(metrics: Metrics) -> None:
+    copies_LR = np.full((3, 4), 2)
+    made = record(TOPOLOGY, Lever.REPLICATE, num_copies_LR=copies_LR)
+    metrics.add(made, effects(TOPOLOGY, Lever.REPLICATE))
+    assert value("moelb_copied_experts_total") == 24
+    assert value("moelb_passes_total", {"lever": "replicate"}) == 1
+    assert value("moelb_saved_seconds_total") > 0
+    assert value("moelb_lost_gate_mass_total") == 0
+
+
 def test_a_pass_without_a_lever_saves_and_loses_nothing(metrics: Metrics) -> None:
     metrics.add(record(TOPOLOGY), effects(TOPOLOGY))
     assert value("moelb_saved_seconds_total") == 0

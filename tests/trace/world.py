@@ -44,6 +44,7 @@ def rich_pass(step: int = 0) -> TracedPass:
         balance_ms=0.01,
         step_ms=12.3,
         low_rows_LR=np.arange(12).reshape(3, 4),
+        num_copies_LR=np.arange(1, 13).reshape(3, 4),
     )
     decision = Decision(
         lever=Lever.DROP, reason="drop pays", expected_gain=0.1, expected_lost_mass_share=0.02
