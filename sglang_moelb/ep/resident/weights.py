@@ -55,7 +55,7 @@ def store(layer: Any, layout: LayerLayout, *, rank: int, group: dist.ProcessGrou
     if own_low:
         for name in WEIGHTS:
             parameter = getattr(layer, name)
-            parameter.data = parameter.data[high].clone()
+            parameter.data = parameter.data[high]  # a copy: the old memory has no owner left
     return StoredLayer(num_high=len(high), num_low=num_low, low=low)
 
 
