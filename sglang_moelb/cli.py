@@ -12,6 +12,7 @@ AB_NEEDS = ("aiohttp", "jinja2", "matplotlib", "PIL", "skimage", "sklearn")
 
 def build() -> typer.Typer:
     """The command line with all sub-commands; `ab` only says what to install if it cannot run."""
+    from sglang_moelb.calibrate.cli import calibrate
     from sglang_moelb.doctor.cli import doctor
     from sglang_moelb.live.cli import top
     from sglang_moelb.patching.cli import app as patch
@@ -28,6 +29,7 @@ def build() -> typer.Typer:
     app.command("top")(top)
     app.command("replay")(replay)
     app.command("synthesise")(synthesise)
+    app.command("calibrate")(calibrate)
     if all(find_spec(name) for name in AB_NEEDS):
         from sglang_moelb.ab.cli import ab
 

@@ -14,17 +14,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from sglang_moelb import words
 from sglang_moelb.types import Lever, Mode, Policy
-from sglang_moelb.words import (
-    CHOICES,
-    EXPANSIONS,
-    FORMS,
-    LEVELS,
-    METRICS,
-    PREFERENCES,
-    RULES,
-    SCOPES,
-)
+from sglang_moelb.words import CHOICES
 
 CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
 TRACE_VARIABLE = "SGLANG_MOELB_TRACE"
@@ -89,6 +81,12 @@ class ReplicateConfig(_Section, frozen=True):
     slots: Annotated[int, msgspec.Meta(ge=0, le=255)] = 8  # copies a rank can hold; 0: none
 
 
+class ResidentConfig(_Section, frozen=True):
+    """Lasting replicas and experts stored low (R&Q), loaded at start."""
+
+    placement: str = ""  # a file of `moelb calibrate`; "": none
+
+
 class ControllerConfig(_Section, frozen=True):
     """How the controller decides in mode `auto`."""
 
@@ -125,6 +123,7 @@ class Config(_Section, frozen=True):
     capacity: CapacityConfig = CapacityConfig()
     downgrade: DowngradeConfig = DowngradeConfig()
     replicate: ReplicateConfig = ReplicateConfig()
+    resident: ResidentConfig = ResidentConfig()
     controller: ControllerConfig = ControllerConfig()
     verdict: VerdictConfig = VerdictConfig()
     fault: FaultConfig = FaultConfig()
@@ -229,19 +228,19 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
         epoch=epoch,
         lever=lever,
         capacity_factor=downgrade.factor if lever is Lever.DOWNGRADE else capacity.factor,
-        level=LEVELS[capacity.level],
-        scope=SCOPES[capacity.scope],
-        metric=METRICS[capacity.metric],
-        preference=PREFERENCES[capacity.preference],
-        rule=RULES[capacity.rule],
-        expansion=EXPANSIONS[capacity.expansion],
+        level=words.LEVELS[capacity.level],
+        scope=words.SCOPES[capacity.scope],
+        metric=words.METRICS[capacity.metric],
+        preference=words.PREFERENCES[capacity.preference],
+        rule=words.RULES[capacity.rule],
+        expansion=words.EXPANSIONS[capacity.expansion],
         renormalise=capacity.renormalise,
         max_extra_experts=capacity.max_extra_experts,
         min_batch_tokens=capacity.min_batch_tokens,
         macs_delta=capacity.macs_delta,
         macs_rho=capacity.macs_rho,
         vision_share=downgrade.vision_share,
-        form=FORMS[downgrade.form],
+        form=words.FORMS[downgrade.form],
         min_copy_rows=replicate.min_rows,
         send_rows=replicate.send_rows,
         receive_rows=replicate.receive_rows,

@@ -21,6 +21,7 @@ START_KNOBS = (
     "downgrade.resident_layers",
     "replicate.ready",
     "replicate.slots",
+    "resident.placement",
 )
 KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
 
@@ -91,6 +92,7 @@ def refuse_change(before: Config, wanted: Config) -> None:
                 f"moelb config: {name} is {new[name]!r}: it decides about memory at start, where "
                 f"it was {old[name]!r}. Leave it out, or restart the server with it"
             )
+    refuse_beside_resident(wanted)
     if wanted.mode == "downgrade" and not before.downgrade.slots:
         raise ConfigError(
             "moelb config: mode is 'downgrade': this server has no memory for low-precision "
@@ -103,6 +105,24 @@ def refuse_change(before: Config, wanted: Config) -> None:
             "Restart it with --moelb-mode replicate, or replicate.ready true; the log of the start "
             "says if it cannot have them"
         )
+
+
+def refuse_beside_resident(config: Config) -> None:
+    """Raise `ConfigError` for what does not work with `resident.placement`."""
+    if not config.resident.placement:
+        return
+    for name, wrong in (
+        (f"mode is {config.mode!r}", config.mode != "none"),
+        ("downgrade.ready is true", config.downgrade.ready),
+        ("replicate.ready is true", config.replicate.ready),
+        ("verdict.enabled is true", config.verdict.enabled),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"moelb config: {name}, but resident.placement is set: levers and their forecasts "
+                "do not know resident copies yet. Use mode none without the others, or leave "
+                "resident.placement out"
+            )
 
 
 def start_knobs(config: Config) -> dict[str, Any]:

@@ -26,14 +26,16 @@ ARROWS = MappingProxyType(
     {
         "types": set(),
         "words": {"types"},
+        "placement": {"types"},
         "config": {"types", "words"},
         "hot_config": {"config", "words"},
-        "controller": {"config", "types", "words"},
+        "controller": {"config", "placement", "types", "words"},
         "kernels": {"types"},
         "trace": {"config", "types"},
         "metrics": {"types"},
         "ep": {
-            "config", "controller", "hot_config", "kernels", "live", "metrics", "trace", "types",
+            "config", "controller", "hot_config", "kernels", "live", "metrics", "placement",
+            "trace", "types",
         },
         "plugin": {"config", "ep"},
         "patching": set(),
@@ -42,10 +44,11 @@ ARROWS = MappingProxyType(
         "doctor": {"config", "ep", "patching", "types"},
         "live": set(),
         "replay": {"ab", "config", "controller", "hot_config", "trace", "types"},
-        "cli": {"ab", "demo", "doctor", "live", "patching", "replay"},
+        "calibrate": {"ab", "controller", "placement", "trace", "types"},
+        "cli": {"ab", "calibrate", "demo", "doctor", "live", "patching", "replay"},
     }
 )
-SERVING = ("types", "config", "hot_config", "controller", "kernels", "ep", "plugin")
+SERVING = ("types", "config", "hot_config", "placement", "controller", "kernels", "ep", "plugin")
 IMPURE = {"time", "random", "os", "threading", "asyncio", "socket", "subprocess", "datetime"}
 EXCEPTIONS_LONG_FILES: set[str] = set()
 # One parameter an option, each with its help: the signature is the command line.

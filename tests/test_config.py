@@ -29,7 +29,13 @@ from sglang_moelb.config import (
     trace_tokens,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
-from sglang_moelb.hot_config import START_KNOBS, from_numbers, to_numbers
+from sglang_moelb.hot_config import (
+    START_KNOBS,
+    from_numbers,
+    refuse_beside_resident,
+    refuse_change,
+    to_numbers,
+)
 from sglang_moelb.types import (
     MODES,
     Expansion,
@@ -68,6 +74,7 @@ KNOBS = {
     "replicate.receive_rows": 0,
     "replicate.ready": False,
     "replicate.slots": 8,
+    "resident.placement": "",
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
@@ -128,6 +135,7 @@ trees = st.fixed_dictionaries(
                 "slots": st.integers(0, 255),
             },
         ),
+        "resident": st.fixed_dictionaries({}, optional={"placement": st.just("p.json")}),
         "controller": st.fixed_dictionaries(
             {},
             optional={
@@ -257,6 +265,7 @@ BAD: dict[str, list[Any]] = {
     "replicate.receive_rows": [-1, 2**20 + 1, 0.5, "x"],
     "replicate.ready": [0, 1, "true", None],
     "replicate.slots": [-1, 256, 1.5, None],
+    "resident.placement": [1, None, True],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
@@ -334,6 +343,7 @@ def test_an_unknown_knob_or_section_is_named_and_the_known_ones_are_told(
         {"unheard.of": 1},
         {"downgrade.slots": 1},
         {"replicate.slots": 1},
+        {"resident.placement": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:
@@ -388,3 +398,28 @@ def test_register_without_flags_installs_only_the_flags(monkeypatch: pytest.Monk
     others = installed[2 * len(install.FLAG_SEAMS) :]
     assert {"dispatch", "model-loaded", "state"} <= set(others)
     assert not set(others) & {*install.FLAG_SEAMS, *install.MAIN_SEAMS}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "observe"},
+        {"mode": "drop"},
+        {"downgrade": {"ready": True}},
+        {"replicate": {"ready": True}},
+        {"verdict": {"enabled": True}},
+    ],
+    ids=str,
+)
+def test_nothing_that_acts_or_forecasts_goes_beside_a_resident_placement(
+    changes: dict[str, Any],
+) -> None:
+    start = merge(Config(), {"resident": {"placement": "p.json"}})
+    refuse_beside_resident(start)
+    wanted = merge(start, changes)
+    with pytest.raises(ConfigError, match=r"resident\.placement is set"):
+        refuse_beside_resident(wanted)
+    with pytest.raises(ConfigError):
+        refuse_change(start, wanted)
+    refuse_change(start, merge(start, {"capacity": {"factor": 1.1}}))
+    refuse_beside_resident(merge(Config(), changes))

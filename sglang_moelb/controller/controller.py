@@ -153,8 +153,7 @@ class Controller:
             return False
         spared_ms = self._cost.ms_per_row * (one.slowest_rows - one.slowest_rows_run)
         spared_ms -= self._copy_cost.layer_ms * one.num_copy_layers
-        sizes = {size_of(one.num_tokens): 1}
-        own_ms = self._own.extra_ms(lever, sizes, self._topology.num_layers)
+        own_ms = self._own.extra_ms(lever, {size_of(one.num_tokens): 1})
         return own_ms - max(spared_ms, 0.0) > forecast.LOSING_SHARE * one.record.step_ms
 
     def _watch(self, records: Iterable[StepRecord]) -> None:

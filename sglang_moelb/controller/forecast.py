@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -116,17 +116,19 @@ def forecast(
         return ()
     timed = [at for at, is_timed in enumerate(times.timed_P.tolist()) if is_timed]
     newest = timed[-num_newest:] if num_newest else []
+    newest_ms = math.fsum([loads[at].record.step_ms for at in newest])
+    sizes, newest_sizes = (
+        Counter([size_of(loads[at].num_tokens) for at in chosen]) for chosen in (timed, newest)
+    )
+    before_P = [load.slowest_rows for load in loads]
     forecasts = []
     for of_lever in zip(*projections, strict=True):
-        spared_ms, own_ms = _spared_and_own(
-            [(loads[at], of_lever[at]) for at in timed], cost, own, copy_layer_ms
-        )
-        saved_ms = spared_ms - own_ms
-        spared_ms, own_ms = _spared_and_own(
-            [(loads[at], of_lever[at]) for at in newest], cost, own, copy_layer_ms
-        )
-        lost_ms = own_ms - max(spared_ms, 0.0)
-        if lost_ms > LOSING_SHARE * math.fsum([loads[at].record.step_ms for at in newest]):
+        lever = of_lever[0].lever
+        spared_ms, exposed_ms = _spared_and_exposed(timed, before_P, of_lever, cost, copy_layer_ms)
+        saved_ms = spared_ms - exposed_ms - own.extra_ms(lever, sizes)
+        spared_ms, exposed_ms = _spared_and_exposed(newest, before_P, of_lever, cost, copy_layer_ms)
+        lost_ms = own.extra_ms(lever, newest_sizes) + exposed_ms - max(spared_ms, 0.0)
+        if lost_ms > LOSING_SHARE * newest_ms:
             saved_ms = min(saved_ms, -lost_ms * len(timed) / len(newest))
         forecasts.append(_forecast_one(of_lever, saved_ms, times, loss, capacity))
     return tuple(forecasts)
@@ -151,21 +153,17 @@ def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, 
     )
 
 
-def _spared_and_own(
-    passes: Sequence[tuple[PassLoad, Projection]],
+def _spared_and_exposed(
+    chosen: Sequence[int],
+    before_P: Sequence[int],
+    left_P: Sequence[Projection],
     cost: CostModel,
-    own: OwnTimes,
     copy_layer_ms: float,
 ) -> tuple[float, float]:
-    """What a lever would have spared in all of `passes`, and what it would have taken itself."""
-    if not passes:
-        return 0.0, 0.0
-    spared_rows = sum(load.slowest_rows - left.slowest_rows for load, left in passes)
-    num_copy_layers = sum(left.num_copy_layers for _, left in passes)
-    sizes: Mapping[int, int] = Counter(size_of(load.num_tokens) for load, _ in passes)
-    num_layers = len(passes[0][0].balance_L)
-    own_ms = own.extra_ms(passes[0][1].lever, sizes, num_layers) + copy_layer_ms * num_copy_layers
-    return cost.ms_per_row * spared_rows, own_ms
+    """What a lever spares in the experts of the passes `chosen`, and what its copies add there."""
+    spared_rows = sum([before_P[at] - left_P[at].slowest_rows for at in chosen])
+    num_copy_layers = sum([left_P[at].num_copy_layers for at in chosen])
+    return cost.ms_per_row * spared_rows, copy_layer_ms * num_copy_layers
 
 
 def _forecast_one(

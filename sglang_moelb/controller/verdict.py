@@ -21,7 +21,6 @@ from sglang_moelb.config import Config
 from sglang_moelb.controller import reasons
 from sglang_moelb.controller.batch_means import MIN_SAMPLES, share_of
 from sglang_moelb.controller.decide import EXACT, LOSSY, TIER, suffices
-from sglang_moelb.controller.own_time import ASSUMED_WITHIN, assumed_of
 from sglang_moelb.controller.reasons import RESUME_SHARE
 from sglang_moelb.controller.scoreboard import Sample, Scoreboard
 from sglang_moelb.types import Lever, LeverScore, LoadEstimate, Verdict
@@ -43,8 +42,31 @@ class OwnCost:
     measured: bool
 
 
-# The worse of what was measured on 4 H100, where this too is not measured yet.
-ASSUMED_NONE_MS = 0.61
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssumedCost:
+    """Of a lever never used here: `fixed_ms + per_none * none_ms` a MoE layer.
+
+    `none_ms` is what a pass without a lever takes for counting and exchanging once, measured here:
+    a lever does that in every layer. So a device that waits for its host tells beforehand that a
+    lever will wait too.
+    """
+
+    fixed_ms: float
+    per_none: float
+
+
+# Through both measurements of drop on 4 H100 (docs/results.md): 0.118 ms a layer where none takes
+# 0.04 a pass, at 16,384 tokens a rank, and 0.944 where it takes 0.61, at 1,024. Of expand only the
+# first, 0.49, is known.
+ASSUMED = {
+    Lever.DROP: AssumedCost(fixed_ms=0.06, per_none=1.45),
+    Lever.EXPAND: AssumedCost(fixed_ms=0.43, per_none=1.45),
+    # 0.15 ms a layer were exposed on two H100 at 16,384 tokens a rank, copies included.
+    Lever.REPLICATE: AssumedCost(fixed_ms=0.09, per_none=1.45),
+}
+ASSUMED_OTHERS = ASSUMED[Lever.EXPAND]
+ASSUMED_NONE_MS = 0.61  # the worse of the two, where this too is not measured yet
+ASSUMED_WITHIN = 2.0  # the interval goes from half of what is assumed to twice
 # Milliseconds a layer by which steps took longer than a lever's own clocks show, 4 H100 at 16,384
 # tokens a rank and skew 1: under expand DeepEP carries wider rows.
 BESIDE_MS = {Lever.EXPAND: 0.9}
@@ -101,7 +123,9 @@ def own_cost(lever: Lever, board: Scoreboard, num_layers: int) -> OwnCost:
     if lever_ms > 0.0:
         extra_ms = max(lever_ms - none_ms, 0.0) + beside_ms
         return OwnCost(ms=extra_ms, least_ms=extra_ms, worst_ms=extra_ms, measured=True)
-    own_ms = assumed_of(lever).layer_ms(none_ms or ASSUMED_NONE_MS) * num_layers
+    assumed = ASSUMED.get(lever, ASSUMED_OTHERS)
+    layer_ms = assumed.fixed_ms + assumed.per_none * (none_ms or ASSUMED_NONE_MS)
+    own_ms = layer_ms * num_layers
     return OwnCost(
         ms=own_ms + beside_ms,
         least_ms=own_ms / ASSUMED_WITHIN + beside_ms,

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -102,6 +103,7 @@ class ControllerLink:
         self._answer: Answer | None = None
         self._verdict = self._heat = UNCHANGED
         self._trace_state = "running" if trace else "off"
+        self._trace_folder = str(Path(trace).resolve()) if trace else ""
         self._rows: deque[msgspec.Raw] = deque(maxlen=NUM_RECENT)
         self._error = ""
         self._is_closed = False
@@ -198,6 +200,7 @@ class ControllerLink:
             "num_passes": self._num_submitted,
             "trace": self._trace_state,
         }
+        controller["trace_folder"] = self._trace_folder
         if self._answer:
             controller["last_decision"] = unpacked(self._answer.decision)
         return {

@@ -1,16 +1,18 @@
 """What the controller process does with a pass: record, step, publish, trace. Light: no torch.
 
-Shape letters: R ranks, L MoE layers, W width of a layer's row of counts.
+Shape letters: R ranks, L MoE layers, E logical experts, W width of a layer's row of counts.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
+from sglang_moelb.controller.resident_load import EvenSplit
 from sglang_moelb.ep.build_record import build, rows_by_source
 from sglang_moelb.ep.controller_messages import (
     UNCHANGED,
@@ -25,6 +27,7 @@ from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger
 from sglang_moelb.ep.verdict_log import VerdictLog, plain
+from sglang_moelb.placement import load
 from sglang_moelb.trace.background import BackgroundWriter
 from sglang_moelb.trace.types import TracedPass
 from sglang_moelb.trace.writer import TraceWriter
@@ -46,6 +49,7 @@ class Worker:
             self._metrics.follow("passes", self._trace)
         self._verdicts = VerdictLog()
         self._judged: Verdict | None = None  # as said last
+        self._split = _even_split(setup)
         self._mass_per_token = 1.0  # right for renormalised routers, measured at the first cut
 
     def ready(self) -> Ready:
@@ -65,6 +69,9 @@ class Worker:
             self._setup.rank,
             self._mass_per_token,
         )
+        if self._split:
+            rows_LE = record.rows_LEM.sum(axis=2)
+            record = replace(record, rows_after_LR=self._split(rows_LE))
         self._learn_mass(record)
         effects = self._controller.step(Observation(record=record, now_s=told.now_s))
         self._ledger.add(record, effects)
@@ -142,3 +149,9 @@ def _trace(setup: Setup) -> BackgroundWriter | None:
     return BackgroundWriter(
         TraceWriter(folder, topology=setup.topology, rank=setup.rank, config=setup.config)
     )
+
+
+def _even_split(setup: Setup) -> EvenSplit | None:
+    """What resident copies make of the rows; the ranks have found the file to fit before."""
+    path = setup.config.resident.placement
+    return EvenSplit(load(Path(path)).layers, setup.topology) if path else None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from sglang_moelb import config as configuration
 from sglang_moelb.config import Config, ConfigError
+from sglang_moelb.hot_config import refuse_beside_resident
+from sglang_moelb.placement import PlacementError
+from sglang_moelb.placement import load as load_placement
 from sglang_moelb.types import MODES
 
 SERVE_BACKEND_API_VERSION = 1  # of SGLang's interface that `serve_backend` is written for
@@ -105,7 +109,9 @@ def config_of(args: argparse.Namespace) -> Config | None:
     last: dict[str, Any] = {"mode": given["moelb_mode"]} if "moelb_mode" in given else {}
     if "moelb_verdict" in given:
         last["verdict"] = {"enabled": True}
-    return configuration.merge(config, last)
+    config = configuration.merge(config, last)
+    refuse_beside_resident(config)
+    return config
 
 
 def _with_flag(config: Config, name: str, knob: str, value: Any) -> Config:
@@ -124,7 +130,9 @@ def take_arguments(args: argparse.Namespace) -> None:
     try:
         config = config_of(args)
         tokens = 0 if config is None else _trace_tokens(args)
-    except ConfigError as error:
+        if config is not None and config.resident.placement:
+            load_placement(Path(config.resident.placement))
+    except (ConfigError, PlacementError) as error:
         sys.exit(f"sglang_moelb: {error}")
     if config is None:
         return

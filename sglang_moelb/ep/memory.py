@@ -14,12 +14,17 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryLedger:
-    """Bytes by what they are for; `kv_token_bytes` is what a token takes in the KV cache."""
+    """Bytes by what they are for; `kv_token_bytes` is what a token takes in the KV cache.
+
+    The experts' own bytes are those that a resident placement found and left; 0 without one.
+    """
 
     staging_bytes: int = 0
     resident_bytes: int = 0
     replicas_bytes: int = 0
     kv_token_bytes: int = 0
+    experts_bytes_before: int = 0
+    experts_bytes_after: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -38,6 +43,8 @@ class MemoryLedger:
             "resident_bytes": self.resident_bytes,
             "replicas_bytes": self.replicas_bytes,
             "deepep_bytes": deepep_bytes(),
+            "experts_bytes_before": self.experts_bytes_before,
+            "experts_bytes_after": self.experts_bytes_after,
             "kv_tokens_lost": self.kv_tokens_lost,
         }
 

@@ -31,6 +31,7 @@ from sglang_moelb.ep.passed import num_passed, verify_passed
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.plan import plan_copies
+from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.hot_config import KNOB_PREFIX
@@ -54,6 +55,7 @@ class Runtime:
         downgrade: DowngradeLever | None = None,
         replicate: ReplicateLever | None = None,
         memory: MemoryLedger | None = None,
+        resident: ResidentExperts | None = None,
     ) -> None:
         self._seat = seat
         self._layer_of_dispatcher = seat.layer_of_dispatcher
@@ -65,6 +67,7 @@ class Runtime:
         self._downgrade = downgrade
         self._replicate = replicate
         self._memory = memory or MemoryLedger()
+        self._resident = resident
         self._balancer = LayerBalancer(seat.topology, seat.rank, exchange)
         self._exchange = exchange
         self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
@@ -84,6 +87,13 @@ class Runtime:
 
     def before_dispatch(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         """Balance one layer; returns `topk_output` itself where nothing changes."""
+        topk_output = self._balanced(dispatcher, hidden_states, topk_output)
+        if self._resident:
+            layer = self._layer_of_dispatcher[id(dispatcher)]
+            topk_output = self._resident.physical(layer, topk_output)
+        return topk_output
+
+    def _balanced(self, dispatcher: Any, hidden_states: Any, topk_output: Any) -> Any:
         log = self._passes.log or self._passes.opened()
         layer = self._layer_of_dispatcher.get(id(dispatcher))
         if log is None or layer is None:
@@ -132,6 +142,8 @@ class Runtime:
         """Rows have arrived: run them under a lever, or None to let SGLang run them."""
         if self._marks is not None:
             self._mark("experts")
+        if self._resident:
+            return self._resident.run(layer, dispatch_output)
         out = self._downgrade.run(layer, dispatch_output) if self._downgrade else None
         if out is None and self._replicate:
             out = self._replicate.run(layer, dispatch_output)

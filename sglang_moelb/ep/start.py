@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.observe import warm_up
 from sglang_moelb.ep.replicas.attach import attach_replicas
+from sglang_moelb.ep.resident.attach import attach_resident
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
@@ -46,11 +49,16 @@ def attach_to(model_runner: Any, config: Config) -> None:
     seat = _seat(model_runner, parallel)
     group = parallel.moe_ep_group
     one_host = model_runner.server_args.nnodes == 1
+    resident, experts = attach_resident(model_runner, config, seat.topology, seat.rank, group)
     config, replicate, replicas_bytes = attach_replicas(
         model_runner, config, seat.topology, seat.rank, group
     )
     config, downgrade, memory = attach_downgrade(model_runner, config, seat.rank, group)
-    memory = with_replicas(memory, replicas_bytes, model_runner)
+    memory = replace(
+        with_replicas(memory, replicas_bytes, model_runner),
+        experts_bytes_before=experts.before,
+        experts_bytes_after=experts.after,
+    )
     if memory.held_bytes:
         logger.info("sglang_moelb: %s", memory.line())
     tokens = token_trace_of(seat, config)
@@ -72,6 +80,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
         downgrade,
         replicate,
         memory,
+        resident,
     )
     points.attach(runtime)
     logger.info(
@@ -130,6 +139,7 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         num_ranks=parallel.moe_ep_size,
         topk=experts[0].top_k,
     )
+    _refuse_unseamed(experts)
     form = seams.form_of(install.verified_findings())
     assert form is not None
     return Seat(
@@ -147,6 +157,21 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         scoring=scoring,
         form=form,
     )
+
+
+def _refuse_unseamed(experts: Sequence[Any]) -> None:
+    """End the process where SGLang's DeepEP layer computes experts past the seam of levers.
+
+    It does so for W4AFp8 and others that it has not moved to its runners; the first prefill would
+    end the process else.
+    """
+    past = [one for one in experts if not getattr(one, "deprecate_flag", True)]
+    if past:
+        _refuse(
+            f"experts of {type(past[0].quant_method).__name__}",
+            "SGLang's DeepEP layer computes them by itself, not through a runner; use a bfloat16 "
+            "or fp8 checkpoint with --moe-runner-backend deep_gemm",
+        )
 
 
 def _routers(model: torch.nn.Module) -> dict[int, Any]:

@@ -213,7 +213,7 @@ def test_a_hot_change_holds_at_once_with_what_was_learned_and_a_new_epoch() -> N
     wider = controller.reconfigure(settings)
     assert wider.epoch == to_auto.epoch + 1
     assert wider == policy_of(settings, Lever.NONE, epoch=wider.epoch, reason=wider.reason)
-    assert wider.reason.startswith("balanced: best lever drop would save -0.1 %")
+    assert wider.reason.startswith("balanced: best lever drop would save 0.0 %")
     off = controller.reconfigure(in_mode("none"))
     assert (off.lever, off.reason, off.epoch) == (Lever.NONE, "mode none", wider.epoch + 1)
     assert controller.policy is off

@@ -28,34 +28,20 @@ def learned(*records: StepRecord) -> OwnTime:
 
 def test_a_lever_takes_what_its_passes_take_beyond_those_without_one() -> None:
     own = learned(under(Lever.NONE, 0.5), under(Lever.DROP, 3.5))
-    assert own.extra_ms(Lever.DROP, 2) == pytest.approx(3.0)
-    assert learned(under(Lever.NONE, 5.0), under(Lever.DROP, 3.5)).extra_ms(Lever.DROP, 2) == 0.0
-
-
-def test_of_a_lever_that_is_not_known_the_least_is_assumed_by_what_counting_takes_here() -> None:
-    assert OwnTime().extra_ms(Lever.DROP, 12) == 0.0
-    for none_ms, drop_layer_ms in ((0.04, 0.118), (0.61, 0.944)):  # both were measured
-        for lever in (Lever.DROP, Lever.REPLICATE):
-            extra_ms = learned(under(Lever.NONE, none_ms)).extra_ms(lever, 12)
-            assert 0.2 * 12 * drop_layer_ms < extra_ms < 0.6 * 12 * drop_layer_ms
-
-
-def test_where_no_pass_without_a_lever_is_known_a_slow_lever_tells_of_a_slow_host() -> None:
-    fast, slow = (learned(under(Lever.EXPAND, 12 * layer_ms)) for layer_ms in (0.49, 1.3))
-    assert fast.extra_ms(Lever.DROP, 12) < 12 * 0.1
-    assert slow.extra_ms(Lever.DROP, 12) > 12 * 0.3
+    assert own.extra_ms(Lever.DROP) == pytest.approx(3.0)
+    assert learned(under(Lever.NONE, 5.0), under(Lever.DROP, 3.5)).extra_ms(Lever.DROP) == 0.0
 
 
 def test_beside_an_exact_lever_that_is_known_an_unknown_one_takes_as_much() -> None:
     own = learned(under(Lever.NONE, 0.04), under(Lever.REPLICATE, 3.04))
-    assert own.extra_ms(Lever.DROP, 12) == own.extra_ms(Lever.REPLICATE, 12) == pytest.approx(3.0)
-    assert own.updated(under(Lever.DROP, 1.04)).extra_ms(Lever.DROP, 12) == pytest.approx(1.0)
+    assert own.extra_ms(Lever.DROP) == own.extra_ms(Lever.REPLICATE) == pytest.approx(3.0)
+    assert own.updated(under(Lever.DROP, 1.04)).extra_ms(Lever.DROP) == pytest.approx(1.0)
 
 
 def test_passes_of_one_size_say_nothing_of_those_of_another() -> None:
     own = OwnTimes().updated(under(Lever.DROP, 3.5), 5000).updated(under(Lever.DROP, 9.5), 60_000)
     sizes = [size_of(num_tokens) for num_tokens in (4097, 60_000, 100)]
-    assert [own.extra_ms(Lever.DROP, {size: 2}, 12) for size in sizes] == [7.0, 19.0, 0.0]
+    assert [own.extra_ms(Lever.DROP, {size: 2}) for size in sizes] == [7.0, 19.0, 0.0]
 
 
 @pytest.mark.parametrize("odd_ms", [0.0, -1.0, np.nan, np.inf])
@@ -67,10 +53,10 @@ def test_a_time_that_cannot_be_is_ignored(odd_ms: float) -> None:
 def test_what_is_long_unused_is_tried_again_and_the_first_pass_then_counts_in_full() -> None:
     waiting = [under(Lever.NONE, 0.5)] * RETRY_PASSES
     own = learned(under(Lever.NONE, 0.5), under(Lever.DROP, 3.5), *waiting[:-1])
-    assert own.extra_ms(Lever.DROP, 2) == pytest.approx(3.0)
+    assert own.extra_ms(Lever.DROP) == pytest.approx(3.0)
     own = own.updated(waiting[-1])
-    assert own.extra_ms(Lever.DROP, 2) < 1.0
-    assert own.updated(under(Lever.DROP, 9.5)).extra_ms(Lever.DROP, 2) == pytest.approx(9.0)
+    assert own.extra_ms(Lever.DROP) == 0.0
+    assert own.updated(under(Lever.DROP, 9.5)).extra_ms(Lever.DROP) == pytest.approx(9.0)
 
 
 def served(settings: Config, own_ms: float, num_passes: int) -> list[Lever]:

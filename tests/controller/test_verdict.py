@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moelb.config import Config, merge
-from sglang_moelb.controller import own_time
 from sglang_moelb.controller import verdict as judging
 from sglang_moelb.controller.batch_means import MIN_SAMPLES
 from sglang_moelb.controller.controller import Controller
@@ -229,7 +228,7 @@ def test_a_lever_of_which_nothing_is_known_is_taken_to_be_costly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = judging.own_cost(Lever.DROP, Held(), 10)  # type: ignore[arg-type]
-    monkeypatch.delitem(own_time.ASSUMED, Lever.DROP)
+    monkeypatch.delitem(judging.ASSUMED, Lever.DROP)
     unknown = judging.own_cost(Lever.DROP, Held(), 10)  # type: ignore[arg-type]
     assert unknown.ms > known.ms
     assert unknown.worst_ms > known.worst_ms

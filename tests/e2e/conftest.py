@@ -70,6 +70,7 @@ ORDER = (
     "test_bad_input.py",
     "test_levers.py",
     "test_controller_faults.py",
+    "test_resident.py",
     "test_downgrade.py",
     "test_replicate.py",
     "test_bit_identity.py::test_room",

@@ -20,6 +20,7 @@ OPS = (
     "token_amounts",
     "place_replicas",
     "reroute",
+    "choose_copy",
     "pull_experts",
     "convert_fp4",
     "quantise_rows_fp4",

@@ -1,0 +1,1 @@
+"""`moelb calibrate`: from recorded routing and a measure of importance to a placement file."""

@@ -1,0 +1,177 @@
+"""Start with a placement file: whether it fits this server, its weights, and its memory.
+
+Runs when the model has been loaded, before SGLang sizes its KV cache.
+
+Shape letters: L MoE layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_moelb.config import Config
+from sglang_moelb.ep.low import attach as low
+from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.placement import LayerLayout, Placement, PlacementError, layout, load
+from sglang_moelb.types import Topology
+
+logger = logging.getLogger("sglang_moelb")
+
+MAX_PLACES = 128  # experts a rank: an assertion of DeepEP's intranode dispatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMemory:
+    """Bytes of all experts' weights on this rank, before and after."""
+
+    before: int = 0
+    after: int = 0
+
+
+def attach_resident(
+    model_runner: Any, config: Config, topology: Topology, rank: int, group: Any
+) -> tuple[ResidentExperts | None, ExpertMemory]:
+    """The resident copies of this rank, or None without `resident.placement`; and the memory.
+
+    Ends the process where the placement cannot be used. Every rank of the EP `group` must come here
+    with the same configuration.
+    """
+    path = config.resident.placement
+    if not path:
+        return None, ExpertMemory()
+    layers = low.expert_layers(model_runner.model)
+    try:
+        placement = load(Path(path))
+    except PlacementError as error:
+        sys.exit(f"sglang_moelb: resident.placement: {error}")
+    layouts_L = [layout(layer, topology) for layer in placement.layers] if (
+        placement.sizes.topology == topology
+    ) else []  # fmt: skip
+    refusal = (
+        _misfit(placement, topology, layers)
+        or _server_refusal(model_runner.server_args, layers)
+        or low.refusal_of(Config(), layers)
+        or _places_refusal(layouts_L)
+        or _difference(placement, group.cpu_group)
+    )
+    if refusal:
+        what, why = refusal
+        sys.exit(
+            f"sglang_moelb: resident.placement {path} cannot be used: {what}: {why}. Or start "
+            "without resident.placement."
+        )
+    before = high_bytes(layers)
+    stored_L = [
+        store(layer, place, rank=rank, group=group.device_group)
+        for layer, place in zip(layers, layouts_L, strict=True)
+    ]
+    memory = ExpertMemory(before=before, after=high_bytes(layers) + _low_bytes(stored_L))
+    if memory.after > memory.before:
+        sys.exit(f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, "
+                 f"{memory.before} before: the placement is of another model")  # fmt: skip
+    for layer, place in zip(layers, layouts_L, strict=True):
+        for inner in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
+            inner._normal_dispatcher.num_experts = topology.num_ranks * place.num_places
+    if layers[0].w13_weight.is_cuda:
+        torch.cuda.empty_cache()  # SGLang sizes the KV cache from what the device has free
+        _warm_up(layers, stored_L, group)
+    logger.info(
+        "sglang_moelb: resident placement %s: experts of this rank %d of %d places high, %.1f MiB, "
+        "before %.1f MiB",
+        path,
+        sum(stored.num_high for stored in stored_L),
+        sum(stored.num_high + stored.num_low for stored in stored_L),
+        memory.after / (1 << 20),
+        memory.before / (1 << 20),
+    )
+    return ResidentExperts(layers, stored_L, layouts_L, rank=rank), memory
+
+
+def _misfit(
+    placement: Placement, topology: Topology, layers: Sequence[Any]
+) -> tuple[str, str] | None:
+    if placement.sizes.topology != topology:
+        return f"it is for {placement.sizes.topology}", f"this server has {topology}"
+    one = layers[0]
+    num_weights = one.w13_weight[0].numel() + one.w2_weight[0].numel()
+    num_bytes = num_weights + 4 * num_weights // fp8.BLOCK**2
+    if placement.expert_bytes.low != num_bytes:
+        return (
+            f"it is for experts of {placement.expert_bytes.low} bytes in fp8",
+            f"those of this model take {num_bytes}; calibrate with this checkpoint",
+        )
+    return None
+
+
+def _server_refusal(server_args: Any, layers: Sequence[Any]) -> tuple[str, str] | None:
+    for inner in getattr(layers[0].dispatcher, "_inners", [layers[0].dispatcher]):
+        if hasattr(inner, "_low_latency_dispatcher"):
+            return (
+                f"--deepep-mode {server_args.deepep_mode}",
+                "decode in low latency, under CUDA graphs, does not run two precisions yet; use "
+                "--deepep-mode normal",
+            )
+    for flag, given in (
+        ("--enable-memory-saver", server_args.enable_memory_saver),
+        ("--cpu-offload-gb", server_args.cpu_offload_gb),
+    ):
+        if given:
+            return flag, "the experts' memory is replaced at start and stays; leave the flag out"
+    if server_args.expert_distribution_recorder_mode:
+        return (
+            f"--expert-distribution-recorder-mode {server_args.expert_distribution_recorder_mode}",
+            "it counts as many experts as the model has, and copies are more; leave the flag out",
+        )
+    return None
+
+
+def _places_refusal(layouts_L: Sequence[LayerLayout]) -> tuple[str, str] | None:
+    most = max(place.num_places for place in layouts_L)
+    if most <= MAX_PLACES:
+        return None
+    return (
+        f"{most} experts on a rank",
+        f"DeepEP sends to at most {MAX_PLACES}; calibrate with fewer --slots or more ranks",
+    )
+
+
+def _difference(placement: Placement, group: dist.ProcessGroup) -> tuple[str, str] | None:
+    """Each rank reads the file for itself: they must have read the same one."""
+    mine = hashlib.sha256(placement.to_json()).hexdigest()
+    found: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if len(set(found)) == 1:
+        return None
+    return "ranks have read different files", "give all hosts the same one"
+
+
+def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
+    return sum(stored.low.num_bytes for stored in stored_L if stored.low is not None)
+
+
+def _warm_up(layers: Sequence[Any], stored_L: Sequence[StoredLayer], group: Any) -> None:
+    """Compile both precisions at the sizes that occur, on all ranks, before requests come.
+
+    DeepGEMM's kernels know how many experts a call has, so each number of them is run once.
+    """
+    seen: set[tuple[int, bool]] = set()
+    for layer, stored in zip(layers, stored_L, strict=True):
+        if (stored.num_high, False) not in seen:
+            seen.add((stored.num_high, False))
+            layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
+        if stored.low is not None and (stored.num_low, True) not in seen:
+            seen.add((stored.num_low, True))
+            fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
+    torch.cuda.synchronize()
+    dist.barrier(group=group.cpu_group)

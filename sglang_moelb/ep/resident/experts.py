@@ -1,0 +1,98 @@
+"""Resident copies while serving: ids are mapped before every dispatch, experts run from two stores.
+
+Driven by SGLang's serving thread, in prefill and decode alike.
+
+Shape letters: T tokens, K top-k, N received rows, H hidden size, L MoE layers, E logical experts,
+C most copies of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.resident.weights import StoredLayer
+from sglang_moelb.kernels.choose_copy import choose_copy
+from sglang_moelb.placement import LayerLayout
+
+
+class ResidentExperts:
+    """The MoE layers `layers` of this rank as a placement has stored them."""
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        stored_L: Sequence[StoredLayer],
+        layouts_L: Sequence[LayerLayout],
+        *,
+        rank: int,
+    ) -> None:
+        self._stored = {id(layer): stored for layer, stored in zip(layers, stored_L, strict=True)}
+        self._rank = rank
+        device = layers[0].w13_weight.device
+        self._copies_L = [
+            torch.tensor(layout.copies_EC, dtype=torch.int32, device=device)
+            for layout in layouts_L
+        ]
+        self._num_copies_L = [
+            torch.tensor(layout.num_copies_E, dtype=torch.int32, device=device)
+            for layout in layouts_L
+        ]
+
+    def physical(self, layer: int, topk_output: Any) -> Any:
+        """`topk_output` with each row's expert replaced by the copy that is to compute it."""
+        ids_TK = choose_copy(
+            topk_output.topk_ids,
+            self._copies_L[layer],
+            self._num_copies_L[layer],
+            shift=self._rank,
+        )
+        return topk_output._replace(topk_ids=ids_TK)
+
+    def run(self, module: Any, dispatch_output: Any) -> Any:
+        """Run a layer's experts: at most one grouped run a precision, their rows added.
+
+        A row of several local experts, some high and some low, is the sum of both runs' shares.
+        """
+        stored = self._stored[id(module)]
+        counts = dispatch_output.num_recv_tokens_per_expert
+        end = stored.num_high + stored.num_low
+        high, low = counts[: stored.num_high], counts[stored.num_high : end]
+        if stored.low is None or not any(low):
+            # Places behind the high ones got no row, so their ids do not occur.
+            return _run_high(module, dispatch_output._replace(num_recv_tokens_per_expert=high))
+        dtype, rows_NH = dispatch_output.hidden_states.dtype, dispatch_output.hidden_states
+        ids_NK = dispatch_output.topk_ids
+        low_output = fp8.quantised(dispatch_output)._replace(
+            topk_ids=(ids_NK - stored.num_high).clamp(min=-1), num_recv_tokens_per_expert=low
+        )
+        if not any(high):
+            _free(rows_NH)
+            return _as(fp8.run(module, low_output, stored.low), dtype, ids_NK)
+        high_ids_NK = ids_NK.where(ids_NK < stored.num_high, -1)
+        done = _run_high(
+            module,
+            dispatch_output._replace(topk_ids=high_ids_NK, num_recv_tokens_per_expert=high),
+        )
+        added = _as(fp8.run(module, low_output, stored.low), dtype, ids_NK)
+        return added._replace(hidden_states=done.hidden_states + added.hidden_states)
+
+
+def _run_high(module: Any, dispatch_output: Any) -> Any:
+    return module.quant_method.apply(layer=module, dispatch_output=dispatch_output)
+
+
+def _as(combine_input: Any, dtype: torch.dtype, ids_NK: torch.Tensor) -> Any:
+    rows_NH = combine_input.hidden_states.to(dtype)
+    return combine_input._replace(hidden_states=rows_NH, topk_ids=ids_NK)
+
+
+def _free(rows_NH: torch.Tensor) -> None:
+    """Free the received rows, as SGLang's runner does once it has scattered them."""
+    if rows_NH.is_cuda:
+        from sglang.srt.utils import dispose_tensor
+
+        dispose_tensor(rows_NH)

@@ -1,0 +1,115 @@
+"""A layer's experts as a placement stores them: high ones in SGLang's parameters, low ones in fp8.
+
+Runs at start, on the weights that SGLang has loaded: nothing is read from the checkpoint again.
+
+Shape letters: e local experts of this rank, J = 2I gate and up, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.low.fp8 import Fp8Weights
+from sglang_moelb.placement import LayerLayout
+
+WEIGHTS = ("w13_weight", "w2_weight")
+NAMES = ("w13", "w2", "w13_scale", "w2_scale")  # the tensors of Fp8Weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredLayer:
+    """What this rank holds of a layer: places 0 to num_high - 1 high, the next num_low low.
+
+    `low` is None where nothing is low; the high weights are the parameters of SGLang's layer.
+    """
+
+    num_high: int
+    num_low: int
+    low: Fp8Weights | None
+
+
+def store(layer: Any, layout: LayerLayout, *, rank: int, group: dist.ProcessGroup) -> StoredLayer:
+    """Replace a layer's weights by what `layout` stores on this rank; the old memory is freed.
+
+    Collective over `group`, the EP group on the device of the weights: each replica is quantised
+    where its original is and broadcast in fp8, so all copies hold the same bytes. Originals of
+    replicas are high, and low originals come from their own rank.
+    """
+    first = rank * (len(layout.copies_EC) // dist.get_world_size(group))
+    high = [expert - first for expert in layout.high[rank]]
+    own_low = [expert - first for expert in layout.low[rank]]
+    replicas = layout.replicas[rank]
+    num_low = len(own_low) + len(replicas)
+    low = _empty(layer, num_low) if num_low else None
+    for place, expert in enumerate(own_low):
+        assert low is not None
+        _quantise(layer, expert, _only(low, place))
+    _take_replicas(layer, layout, low, len(own_low), rank, group)
+    if own_low:
+        for name in WEIGHTS:
+            parameter = getattr(layer, name)
+            parameter.data = parameter.data[high]  # a copy: the old memory has no owner left
+    return StoredLayer(num_high=len(high), num_low=num_low, low=low)
+
+
+def high_bytes(layers: Sequence[Any]) -> int:
+    """Memory behind the parameters of the layers' experts, whole storages."""
+    return sum(
+        getattr(layer, name).untyped_storage().nbytes() for layer in layers for name in WEIGHTS
+    )
+
+
+def _take_replicas(
+    layer: Any,
+    layout: LayerLayout,
+    low: Fp8Weights | None,
+    first_place: int,
+    rank: int,
+    group: dist.ProcessGroup,
+) -> None:
+    """Broadcast each replicated expert from its home; keep those that this rank holds."""
+    per_rank = len(layout.copies_EC) // dist.get_world_size(group)
+    for expert in sorted({expert for held in layout.replicas for expert in held}):
+        sent = _empty(layer, 1)
+        home = expert // per_rank
+        if rank == home:
+            _quantise(layer, expert % per_rank, sent)
+        for tensor in _tensors(sent):
+            # Bytes: not every backend sends float8.
+            source = dist.get_global_rank(group, home)
+            dist.broadcast(tensor.view(torch.uint8), source, group=group)
+        if expert in layout.replicas[rank]:
+            assert low is not None
+            place = first_place + layout.replicas[rank].index(expert)
+            for to, tensor in zip(_tensors(_only(low, place)), _tensors(sent), strict=True):
+                to.view(torch.uint8).copy_(tensor.view(torch.uint8))
+
+
+def _empty(layer: Any, num_experts: int) -> Fp8Weights:
+    """Room for so many experts like those of `layer`."""
+    like = SimpleNamespace(
+        **{name: getattr(layer, name)[:1].expand(num_experts, -1, -1) for name in WEIGHTS}
+    )
+    return fp8.allocate(like)
+
+
+def _quantise(layer: Any, expert: int, into: Fp8Weights) -> None:
+    """Write local expert `expert` into the one place of `into`."""
+    one = SimpleNamespace(**{name: getattr(layer, name)[expert : expert + 1] for name in WEIGHTS})
+    fp8.convert(one, into, torch.ones(1, dtype=torch.int32, device=into.w13.device))
+
+
+def _only(weights: Fp8Weights, place: int) -> Fp8Weights:
+    part = slice(place, place + 1)
+    return Fp8Weights(**{name: getattr(weights, name)[part] for name in NAMES})
+
+
+def _tensors(weights: Fp8Weights) -> list[torch.Tensor]:
+    return [getattr(weights, name) for name in NAMES]

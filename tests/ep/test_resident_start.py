@@ -1,0 +1,148 @@
+"""Laws of a start with a placement file: what it must fit, and what ends the start by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from sglang_moelb.config import Config, merge
+from sglang_moelb.ep.flags import take_arguments
+from sglang_moelb.ep.resident import attach
+from sglang_moelb.ep.resident.attach import ExpertMemory, attach_resident
+from sglang_moelb.placement import (
+    SCHEMA,
+    VERSION,
+    ExpertBytes,
+    LayerPlacement,
+    Placement,
+    RankMemory,
+    Replica,
+    Sizes,
+    memory_of,
+)
+from sglang_moelb.types import Topology
+
+from .test_downgrade_start import lora, make_layer  # noqa: F401 - a fixture for all tests here
+
+TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=2, topk=2)
+WEIGHTS = 3 * 128 * 256
+LAYER = LayerPlacement(replicas=(Replica(expert=0, rank=1),), low_experts=(4, 5))
+
+
+def placement(layers: tuple[LayerPlacement, ...] = (LAYER, LAYER), **changes: Any) -> Placement:
+    low = WEIGHTS + 4 * WEIGHTS // 128**2
+    expert_bytes = ExpertBytes(high=2 * WEIGHTS, low=low)
+    before, after = memory_of(layers, TOPOLOGY, expert_bytes)
+    made = Placement(
+        schema=SCHEMA, version=VERSION, format="fp8",
+        sizes=Sizes(num_layers=2, num_experts=8, num_ranks=2, topk=2), expert_bytes=expert_bytes,
+        layers=layers, memory=RankMemory(before=before, after=after),
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """`start(placement, topology=..., spoil=...)`: what `attach_resident` answers or ends with."""
+    layers = [make_layer() for _ in range(2)]
+    server_args = SimpleNamespace(
+        deepep_mode="normal", enable_memory_saver=False, cpu_offload_gb=0,
+        expert_distribution_recorder_mode=None,
+    )  # fmt: skip
+    monkeypatch.setattr(attach.low, "expert_layers", lambda model: layers)
+    monkeypatch.setattr(attach, "_difference", lambda placement, group: None)
+
+    def begin(
+        made: Placement, topology: Topology = TOPOLOGY, spoil: Callable[..., None] | None = None
+    ) -> Any:
+        path = tmp_path / "p.json"
+        path.write_bytes(made.to_json())
+        if spoil:
+            spoil(server_args, layers)
+        config = merge(Config(), {"resident": {"placement": str(path)}})
+        runner = SimpleNamespace(model=None, server_args=server_args)
+        group = SimpleNamespace(cpu_group=None, device_group=None)
+        return attach_resident(runner, config, topology, 0, group)
+
+    return begin
+
+
+def low_latency(server_args: Any, layers: list[Any]) -> None:
+    server_args.deepep_mode = "auto"
+    layers[0].dispatcher._inners[0]._low_latency_dispatcher = object()
+
+
+def memory_saver(server_args: Any, layers: list[Any]) -> None:
+    server_args.enable_memory_saver = True
+
+
+def offload(server_args: Any, layers: list[Any]) -> None:
+    server_args.cpu_offload_gb = 4
+
+
+def quantised(server_args: Any, layers: list[Any]) -> None:
+    layers[1].quant_method = SimpleNamespace()
+
+
+WRONG: list[tuple[Any, list[str]]] = [
+    (low_latency, ["--deepep-mode auto", "CUDA graphs", "use --deepep-mode normal"]),
+    (memory_saver, ["--enable-memory-saver", "leave the flag out"]),
+    (offload, ["--cpu-offload-gb", "leave the flag out"]),
+    (quantised, ["quantised checkpoint"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_server_that_cannot_use_it_ends_by_name(
+    start: Callable[..., Any], spoil: Any, expected: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        start(placement(), spoil=spoil)
+    message = str(ended.value)
+    assert message.startswith("sglang_moelb: resident.placement ")
+    assert all(part in message for part in expected), message
+
+
+def test_another_topology_is_refused_with_both(start: Callable[..., Any]) -> None:
+    other = Topology(num_layers=2, num_experts=8, num_ranks=4, topk=2)
+    with pytest.raises(SystemExit, match=r"num_ranks=2.*this server has .*num_ranks=4"):
+        start(placement(), topology=other)
+
+
+def test_the_experts_of_another_model_are_refused(start: Callable[..., Any]) -> None:
+    small = ExpertBytes(high=4000, low=2001)
+    before, after = memory_of((LAYER, LAYER), TOPOLOGY, small)
+    made = placement(expert_bytes=small, memory=RankMemory(before=before, after=after))
+    with pytest.raises(SystemExit, match=r"experts of 2001 bytes in fp8.*calibrate with this"):
+        start(made)
+
+
+def test_without_a_file_nothing_is_stored() -> None:
+    assert attach_resident(None, Config(), TOPOLOGY, 0, None) == (None, ExpertMemory())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        (b"{", "not JSON"),
+        (placement(format="nvfp4").to_json(), "4-bit experts are not stored"),
+    ],
+    ids=["missing", "broken", "4-bit"],
+)
+def test_a_file_that_is_none_ends_the_start_before_a_weight_is_loaded(
+    tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "p.json"
+    if content is not None:
+        path.write_bytes(content)
+    config = f'{{"resident": {{"placement": "{path}"}}}}'
+    args = SimpleNamespace(moelb_config=config, moelb_mode="none", moelb_trace=None,
+                           moelb_trace_tokens=None)  # fmt: skip
+    with pytest.raises(SystemExit, match=expected):
+        take_arguments(args)  # type: ignore[arg-type]
