@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from sglang_moelb.demo.models import Kind
+
 from .conftest import Serve, Server
 from .talk import (
     CROWD_IMAGE,
@@ -189,3 +191,18 @@ def test_four_ranks_are_balanced_and_tokens_are_those_of_stock(serve: Serve) -> 
     assert apart(said, exact) < TOLERANCE
     crowd = passes_of(server, lambda: say_together(server, [TEXT, SHORT] * 4))
     assert any(sum(one["num_copies_R"]) for one in crowd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kimi", "deepseek3"])
+def test_models_with_shared_experts_and_other_routers_say_what_stock_says(
+    serve: Serve, kind: Kind
+) -> None:
+    server = serve(kind, *FLAGS, "--trust-remote-code")
+    exact, before = said_under(server, {"mode": "none"}, TEXT)
+    said, passes = said_under(server, MODE, TEXT)
+    (one,) = [p for p in passes if p["lever"] == "replicate"]
+    assert sum(one["rows_after_R"]) == sum(before[0]["rows_before_R"])
+    assert sum(one["num_copies_R"]) > 0
+    assert max(one["balance_after_L"]) < max(one["balance_before_L"])
+    assert apart(said, exact) < TOLERANCE

@@ -160,6 +160,23 @@ def test_without_copies_ids_only_move_to_wider_ranks(reroute: Callable) -> None:
         assert out_TK.flatten().tolist() == expected
 
 
+@pytest.mark.parametrize("num_slots", [1, 200])
+def test_a_plan_without_copies_sends_every_row_home_whatever_the_ids(
+    reroute: Callable, num_slots: int
+) -> None:
+    """Few slots are looked through for a copy, of many a kernel takes the way with copies."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(-2, 18, (700, 5), generator=generator) for _ in range(8)]
+    rows_RW = count_rows([one.where((one >= 0) & (one < 16), -1) for one in ids], 16)
+    plan = place_replicas(rows_RW, num_experts=16, num_slots=num_slots, min_rows=100_000)
+    assert (plan[0] == -1).all()
+    for rank in (0, 5):
+        out_TK = reroute(ids[rank], rows_RW, *plan[:2], my_rank=rank)
+        home = ids[rank] // 2 * (2 + num_slots) + ids[rank] % 2
+        is_expert = (ids[rank] >= 0) & (ids[rank] < 16)
+        assert torch.equal(out_TK, home.where(is_expert, -1))
+
+
 def test_an_id_that_stands_twice_in_a_token_is_two_rows(reroute: Callable) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(-1, 4, (90, 6), generator=generator) for _ in range(2)]

@@ -4,6 +4,7 @@
 rank's rows to the ranks, as the position at which each rank's part ends, and look up where the
 copies are. `_apply` sorts the rows of a tile by expert and place; a row's position is its place in
 the sorted tile, less the rows of lower experts there, plus those of its own in the tiles before.
+A plan without copies needs none of that: every program sees so in the slots and writes ids at home.
 
 Example: rank 0 of 2, experts 0 and 1 on rank 0, one slot a rank, a copy of expert 0 in rank 1's;
 rows of expert 0 by source [3, 1], quotas [2, 2]:
@@ -30,6 +31,7 @@ COUNT_ENTRIES = 4096
 MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not exercised upstream
 TILE_ROWS = 1024
 MANY_TOKENS = 8192  # below which smaller tiles fill the device better
+MAX_PLAN_ENTRIES = 1024  # slots of all ranks that each program looks through for a copy
 
 NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
 NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
@@ -80,6 +82,13 @@ def _deal(
     tl.store(physical_ptr + out, rank * (num_local + NUM_SLOTS) + place, mask=is_expert)
 
 
+@triton.jit
+def _has_copies(slots_ptr, NUM_ENTRIES: tl.constexpr, TILE_PLAN: tl.constexpr):
+    entry = tl.arange(0, TILE_PLAN)
+    held = tl.load(slots_ptr + entry, mask=entry < NUM_ENTRIES, other=-1)
+    return tl.max(held, axis=0) >= 0
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "ids_stride", "row_stride", "my_rank"])
 def _prepare(
     ids_ptr,
@@ -103,9 +112,13 @@ def _prepare(
     TILE_EXPERTS: tl.constexpr,
     TILE_RANKS: tl.constexpr,
     TILE_DEAL: tl.constexpr,
+    TILE_PLAN: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    if tile < num_tiles:
+    copies = True
+    if TILE_PLAN > 0:
+        copies = _has_copies(slots_ptr, NUM_RANKS * NUM_SLOTS, TILE_PLAN)
+    if (tile < num_tiles) & copies:
         token = tile.to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
         column = tl.arange(0, TILE_TOPK)[None, :]
         inside = (token < num_tokens)[:, None] & (column < TOPK)
@@ -114,7 +127,7 @@ def _prepare(
         valid = (ids >= 0) & (ids < NUM_EXPERTS)
         counts = tl.histogram(tl.where(valid, ids, 0), TILE_EXPERTS, mask=valid)
         tl.store(counts_ptr + tile * TILE_EXPERTS + tl.arange(0, TILE_EXPERTS), counts)
-    else:
+    elif copies:
         _deal(
             (tile - num_tiles) * TILE_DEAL,
             rows_ptr,
@@ -173,6 +186,7 @@ def _first_positions(counts_ptr, tile, TILE_EXPERTS: tl.constexpr, TILE_COUNTS: 
 @triton.jit(do_not_specialize=["num_tokens", "ids_stride"])
 def _apply(
     ids_ptr,
+    slots_ptr,
     counts_ptr,
     ends_ptr,
     physical_ptr,
@@ -180,7 +194,9 @@ def _apply(
     num_tokens,
     ids_stride,
     TOPK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_TOPK: tl.constexpr,
     TILE_EXPERTS: tl.constexpr,
@@ -188,34 +204,44 @@ def _apply(
     TILE_COUNTS: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     ENTRY_BITS: tl.constexpr,
+    TILE_PLAN: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    copies = True
+    if TILE_PLAN > 0:
+        copies = _has_copies(slots_ptr, NUM_RANKS * NUM_SLOTS, TILE_PLAN)
     place = tl.arange(0, TILE_TOKENS * TILE_TOPK)
     token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
     column = place % TILE_TOPK
     inside = (token < num_tokens) & (column < TOPK)
     ids = tl.load(ids_ptr + token * ids_stride + column, mask=inside, other=-1)
     expert = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, TILE_EXPERTS).to(tl.int32)
-    key = _sort(expert * (TILE_TOKENS * TILE_TOPK) + place, ENTRY_BITS)
+    if copies:
+        key = _sort(expert * (TILE_TOKENS * TILE_TOPK) + place, ENTRY_BITS)
 
-    expert = key // (TILE_TOKENS * TILE_TOPK)
-    valid = expert < NUM_EXPERTS
-    expert = tl.where(valid, expert, 0)
-    first_positions = _first_positions(counts_ptr, tile, TILE_EXPERTS, TILE_COUNTS)
-    position = place + tl.gather(first_positions, expert, axis=0)
-    first = expert * TILE_RANKS
-    rank = tl.zeros_like(expert)
-    for step in tl.static_range(SEARCH_STEPS):
-        end_at = ends_ptr + first + rank + ((TILE_RANKS >> (step + 1)) - 1)
-        end = tl.load(end_at, mask=valid, other=0)
-        rank += tl.where(position >= end, TILE_RANKS >> (step + 1), 0)
-    physical = tl.load(physical_ptr + first + rank, mask=valid, other=-1)
+        expert = key // (TILE_TOKENS * TILE_TOPK)
+        valid = expert < NUM_EXPERTS
+        expert = tl.where(valid, expert, 0)
+        first_positions = _first_positions(counts_ptr, tile, TILE_EXPERTS, TILE_COUNTS)
+        position = place + tl.gather(first_positions, expert, axis=0)
+        first = expert * TILE_RANKS
+        rank = tl.zeros_like(expert)
+        for step in tl.static_range(SEARCH_STEPS):
+            end_at = ends_ptr + first + rank + ((TILE_RANKS >> (step + 1)) - 1)
+            end = tl.load(end_at, mask=valid, other=0)
+            rank += tl.where(position >= end, TILE_RANKS >> (step + 1), 0)
+        physical = tl.load(physical_ptr + first + rank, mask=valid, other=-1)
 
-    place = key % (TILE_TOKENS * TILE_TOPK)
-    token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
-    column = place % TILE_TOPK
-    inside = (token < num_tokens) & (column < TOPK)
-    tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
+        place = key % (TILE_TOKENS * TILE_TOPK)
+        token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
+        column = place % TILE_TOPK
+        inside = (token < num_tokens) & (column < TOPK)
+        tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
+    else:
+        num_local: tl.constexpr = NUM_EXPERTS // NUM_RANKS
+        physical = expert + (expert // num_local) * NUM_SLOTS
+        physical = tl.where(expert < NUM_EXPERTS, physical, -1)
+        tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
 
 
 def reroute(
@@ -237,11 +263,17 @@ def reroute(
     tile_tokens = max(1, tile_rows // tile_topk)
     tile_deal = max(1, min(tile_experts, DEAL_ENTRIES // tile_ranks))
     num_tiles, num_deals = triton.cdiv(num_tokens, tile_tokens), triton.cdiv(num_experts, tile_deal)
+    slots_RS = slots_RS.contiguous()
     counts = torch.empty(num_tiles * tile_experts, dtype=torch.int32, device=ids_TK.device)
     tables = torch.empty(2, num_experts, tile_ranks, dtype=torch.int32, device=ids_TK.device)
+    num_entries = slots_RS.numel()
+    has_few = 0 < num_entries <= MAX_PLAN_ENTRIES
     sizes = {
         "TOPK": topk,
+        "NUM_RANKS": num_ranks,
         "NUM_EXPERTS": num_experts,
+        "NUM_SLOTS": slots_RS.shape[1],
+        "TILE_PLAN": triton.next_power_of_2(num_entries) if has_few else 0,
         "TILE_TOKENS": tile_tokens,
         "TILE_TOPK": tile_topk,
         "TILE_EXPERTS": tile_experts,
@@ -250,7 +282,7 @@ def reroute(
     _prepare[(num_tiles + num_deals,)](
         ids_TK,
         rows_RW,
-        slots_RS.contiguous(),
+        slots_RS,
         quota_ER.contiguous(),
         counts,
         tables[0],
@@ -261,13 +293,12 @@ def reroute(
         rows_RW.stride(0),
         my_rank,
         **sizes,
-        NUM_RANKS=num_ranks,
-        NUM_SLOTS=slots_RS.shape[1],
         TILE_DEAL=tile_deal,
         num_warps=4,
     )
     _apply[(num_tiles,)](
         ids_TK,
+        slots_RS,
         counts,
         tables[0],
         tables[1],
