@@ -33,8 +33,9 @@ class Machine:
 
     The defaults are 4 H100 of one host, experts of Qwen3-30B-A3B (2048 x 768) in bf16: `fit` of
     benchmarks/results/prefill_h100x4_20261122_18fd9dd.jsonl. They hold where the device is the
-    bottleneck; at 1,024 tokens a rank that server waited for its host. The own times of downgrade
-    and replicate are not measured in a server: drop's, and what replicate's kernels take more.
+    bottleneck; at 1,024 tokens a rank that server waited for its host. Of replicate it is what was
+    exposed on two H100 of one host, copies included; of downgrade, which was not told apart there,
+    drop's.
     """
 
     fixed_ms: float = 0.1572
