@@ -70,7 +70,7 @@ class Replica(_Part, frozen=True):
 
 
 class LayerPlacement(_Part, frozen=True):
-    """One MoE layer: its replicas, and the originals that are stored at low precision."""
+    """One MoE layer: its replicas, and the originals stored low, equally many on all ranks."""
 
     replicas: tuple[Replica, ...] = ()
     low_experts: tuple[Count, ...] = ()
@@ -196,8 +196,9 @@ def check(placement: Placement) -> None:
         raise PlacementError(f"{sizes}: experts must divide evenly over ranks and be top-k or more")
     if len(layers) != sizes.num_layers:
         raise PlacementError(f"{len(layers)} layers, sizes.num_layers says {sizes.num_layers}")
+    num_low = len(layers[0].low_experts) // sizes.num_ranks
     for number, layer in enumerate(layers):
-        problem = _problem(layer, sizes)
+        problem = _problem(layer, sizes, num_low)
         if problem:
             raise PlacementError(f"layer {number}: {problem}")
     told = (placement.memory.before, placement.memory.after)
@@ -208,7 +209,7 @@ def check(placement: Placement) -> None:
             raise PlacementError(f"rank {rank}: experts take {after} bytes, more than {before} now")
 
 
-def _problem(layer: LayerPlacement, sizes: Sizes) -> str:
+def _problem(layer: LayerPlacement, sizes: Sizes, num_low: int) -> str:
     per_rank = sizes.num_experts // sizes.num_ranks
     copies = [(replica.expert, replica.rank) for replica in layer.replicas]
     low = layer.low_experts
@@ -227,29 +228,44 @@ def _problem(layer: LayerPlacement, sizes: Sizes) -> str:
     homes = np.bincount(np.array(low, dtype=int) // per_rank, minlength=sizes.num_ranks)
     if (homes >= per_rank).any():
         return f"rank {int(homes.argmax())} has no expert left at high precision"
+    if (homes != num_low).any():
+        return (
+            f"its ranks store {homes.tolist()} experts low; it must be {num_low} on each, as "
+            "everywhere, for one grouped GEMM"
+        )
     return ""
+
+
+def num_slots_of(layers: tuple[LayerPlacement, ...], num_ranks: int) -> int:
+    """Places for replicas on every rank in every layer: the most that one needs."""
+    return max(
+        sum(replica.rank == rank for replica in layer.replicas)
+        for layer in layers
+        for rank in range(num_ranks)
+    )
 
 
 def memory_of(
     layers: tuple[LayerPlacement, ...], topology: Topology, expert_bytes: ExpertBytes
 ) -> tuple[list[int], list[int]]:
-    """Bytes of experts on each rank, before and after."""
-    per_rank = topology.experts_per_rank
-    before = len(layers) * per_rank * expert_bytes.high
-    after = [before] * topology.num_ranks
-    for layer in layers:
-        for expert in layer.low_experts:
-            after[expert // per_rank] -= expert_bytes.high - expert_bytes.low
-        for replica in layer.replicas:
-            after[replica.rank] += expert_bytes.low
-    return [before] * topology.num_ranks, after
+    """Bytes of experts on each rank, before and after; places without a replica take theirs too.
+
+    Every rank stores equally many experts low in every layer, see `check`.
+    """
+    per_rank, num_ranks = topology.experts_per_rank, topology.num_ranks
+    num_low = len(layers[0].low_experts) // num_ranks
+    num_places_low = num_low + num_slots_of(layers, num_ranks)
+    high, low = expert_bytes.high, expert_bytes.low
+    after = len(layers) * ((per_rank - num_low) * high + num_places_low * low)
+    return [len(layers) * per_rank * high] * num_ranks, [after] * num_ranks
 
 
-def layout(layer: LayerPlacement, topology: Topology) -> LayerLayout:
-    """Where the copies of a layer lie.
+def layout(layer: LayerPlacement, topology: Topology, num_slots: int) -> LayerLayout:
+    """Where the copies of a layer lie, with `num_slots` places for replicas on each rank.
 
-    Example: 4 experts on 2 ranks, expert 0 replicated on rank 1, expert 3 low. Rank 0 has the
-    places (0, 1, nothing), rank 1 (2, 3 low, 0 low); expert 0 has the physical ids 0 and 5.
+    Example: 4 experts on 2 ranks, a slot each, expert 0 replicated on rank 1, experts 1 and 3 low.
+    Rank 0 has the places (0, 1 low, nothing), rank 1 (2, 3 low, 0 low); expert 0 has the physical
+    ids 0 and 5.
     """
     num_ranks, per_rank = topology.num_ranks, topology.experts_per_rank
     low = set(layer.low_experts)
@@ -260,7 +276,7 @@ def layout(layer: LayerPlacement, topology: Topology) -> LayerLayout:
         tuple(sorted(replica.expert for replica in layer.replicas if replica.rank == rank))
         for rank in range(num_ranks)
     )
-    num_places = per_rank + max(map(len, replicas_R))
+    num_places = per_rank + num_slots
     homes: list[list[int]] = [[] for _ in range(topology.num_experts)]
     others: list[list[int]] = [[] for _ in range(topology.num_experts)]
     for rank in range(num_ranks):

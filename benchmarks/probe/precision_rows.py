@@ -53,7 +53,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "difference" in row:
             interval = ", ".join(f"{100 * x:+.2f}" for x in row["difference_interval"])
             columns.append(f"{100 * row['difference']:+.2f} ({interval})")
-            columns.append(f"{row['agreement']:.1%}")
+            # Forced answers are the right ones whatever the lever does.
+            columns.append(f"{row['agreement']:.1%}" if row["way"] == "served" else "")
             columns.append(_distance(row))
         else:
             columns += ["", "", ""]

@@ -20,7 +20,7 @@ from sglang_moelb.calibrate.run import Bars, Wanted, calibrate_trace
 from sglang_moelb.calibrate.source import open_source
 from sglang_moelb.calibrate.table import summary
 from sglang_moelb.calibrate.types import CalibrateError
-from sglang_moelb.placement import AIMS, Placement, PlacementError
+from sglang_moelb.placement import AIMS, Placement, PlacementError, num_slots_of
 from sglang_moelb.trace.types import TraceError
 from sglang_moelb.types import IntArray
 
@@ -45,7 +45,7 @@ Aim = Annotated[
 ]
 Kept = Annotated[
     float,
-    typer.Option(help="Share of each layer's experts, the most important, never stored low."),
+    typer.Option(help="Share of a rank's experts of a layer, the most important, that stays high."),
 ]
 Budget = Annotated[
     float,
@@ -101,6 +101,12 @@ def calibrate(
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     console.print(summary(placement))
+    used = num_slots_of(placement.layers, placement.sizes.num_ranks)
+    if used < slots:
+        console.print(
+            f"{used} of {slots} slots are used: what may be stored low pays for no more (--keep), "
+            "or no more copies would help."
+        )
     console.print(f"Written to {out.resolve()}{also}", soft_wrap=True, highlight=False)
 
 

@@ -2,15 +2,15 @@
 
 After Replicate-and-Quantize (R&Q, arXiv 2602.19938): heavy hitters of past traffic get replicas,
 replicas are stored at low precision, and so are the least important originals, so that no rank's
-memory grows. Never low: originals with replicas, and the most important share of each layer.
+memory grows. Never low: originals with replicas, and the most important share.
 
 1. Replicas, layer by layer: the aim `experts` copies the expert whose busiest copy has most rows to
    the least loaded rank without one (R&Q copies one a layer; the rank is ours, the paper has none),
    until that expert has no rank to go to; the aim `ranks` takes the copy that leaves the least on
    the busiest rank (ours). Slots that `experts` leaves free are filled as under `ranks`.
-2. Payment, rank by rank over all layers: the least important originals, as few as bring the rank
-   within its budget of bytes. Where they do not suffice, the layer that is left most even without
-   gives up its last replicas, down to that rank's.
+2. Payment: on each rank the least important originals of each layer, as few as bring it within its
+   budget of bytes. Equally many everywhere, so that one grouped GEMM, compiled for one number of
+   experts, serves all layers and ranks. Where a rank has too few for it, there is a slot less.
 
 Rows of an expert are taken to be split evenly between its copies.
 
@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sglang_moelb.controller.resident_load import lis
 from sglang_moelb.placement import (
     ExpertBytes,
     LayerPlacement,
@@ -33,13 +33,15 @@ from sglang_moelb.placement import (
 )
 from sglang_moelb.types import FloatArray, IntArray, Topology
 
+BoolArray = NDArray[np.bool_]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidentLimits:
     """What a placement may use.
 
     `num_slots` are replicas of a rank and layer; `budget_share` is of the bytes that a rank's
-    experts take before; `keep_share` of each layer's experts, the most important, stay high.
+    experts take before; `keep_share` of a rank's experts of a layer, the most important, stay high.
     """
 
     expert_bytes: ExpertBytes
@@ -56,15 +58,15 @@ def place_resident(
 
     Args:
         rows_LE: routed rows on each expert in the passes to calibrate on.
-        importance_LE: what each original is worth, comparable over layers; higher is dearer.
+        importance_LE: what each original is worth; higher is dearer.
         topology: sizes at the EP size that is planned for.
         limits: memory, slots and aim.
 
     Raises `PlacementError` where no choice of low experts meets the budget, without replicas even.
 
     Example: rows (9, 3, 0, 1, 1, 1) on 2 ranks of one slot, importance (0, 1, 2, 3, 4, 5), none
-    kept: rank 1 takes a copy of expert 0 and stores its experts 3 and 4 low. One would do, but for
-    the scales: in fp8 an expert takes a little more than half.
+    kept: rank 1 takes a copy of expert 0. For a slot each rank stores two experts low, 1 and 2, and
+    3 and 4; one would do but for the scales: in fp8 an expert takes a little more than half.
     """
     if rows_LE.shape != importance_LE.shape or rows_LE.shape != (
         topology.num_layers,
@@ -75,10 +77,15 @@ def place_resident(
             f"model has {topology.num_layers} MoE layers of {topology.num_experts} experts"
         )
     rules = RULES[limits.aim]
-    replicas = [_replicas(rows_E, topology, limits.num_slots, rules) for rows_E in rows_LE]
-    while isinstance(low_LE := _low_experts(replicas, importance_LE, topology, limits), _Unpaid):
-        if not _give_up_one(replicas, rows_LE, low_LE.rank):
-            _refuse_budget(low_LE, topology, limits)
+    for num_slots in range(limits.num_slots, -1, -1):
+        replicas = [_replicas(rows_E, topology, num_slots, rules) for rows_E in rows_LE]
+        num_low = _num_low(_most(replicas, topology), topology, limits)
+        free_LE = _may_be_low(replicas, importance_LE, topology, limits.keep_share)
+        if num_low <= _fewest(free_LE, topology):
+            break
+    else:
+        _refuse_budget(_fewest(free_LE, topology), topology, limits)
+    low_LE = _cheapest(importance_LE, free_LE, num_low, topology)
     return tuple(
         LayerPlacement(
             replicas=tuple(sorted(copies, key=lambda copy: (copy.rank, copy.expert))),
@@ -86,14 +93,6 @@ def place_resident(
         )
         for copies, low_E in zip(replicas, low_LE, strict=True)
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Unpaid:
-    """A rank whose experts take more than its budget, whatever is stored low."""
-
-    rank: int
-    missing_bytes: int
 
 
 class _Layer:
@@ -173,93 +172,61 @@ RULES: Mapping[str, Sequence[Rule]] = {
 }
 
 
-def _low_experts(
-    replicas: list[list[Replica]],
-    importance_LE: FloatArray,
-    topology: Topology,
-    limits: ResidentLimits,
-) -> np.ndarray | _Unpaid:
-    """Whether each original is stored low, bool [L, E]; or the first rank that cannot pay."""
-    per_rank, num_layers = topology.experts_per_rank, topology.num_layers
-    free_LE = _may_be_low(replicas, importance_LE, limits.keep_share)
-    low_LE = np.zeros(importance_LE.shape, dtype=bool)
-    num_replicas_R = np.bincount(
-        [copy.rank for copies in replicas for copy in copies], minlength=topology.num_ranks
-    )
-    before = num_layers * per_rank * limits.expert_bytes.high
-    budget = int(limits.budget_share * before + 1e-6)
-    saved = limits.expert_bytes.high - limits.expert_bytes.low
-    for rank in range(topology.num_ranks):
-        mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        need = before + int(num_replicas_R[rank]) * limits.expert_bytes.low - budget
-        num_low = max(0, -(-need // saved)) if saved > 0 else 0
-        order = np.argsort(importance_LE[:, mine], axis=None, kind="stable").tolist()
-        chosen = _cheapest(order, free_LE[:, mine], num_low)
-        if len(chosen) < num_low or (saved <= 0 < need):
-            return _Unpaid(rank=rank, missing_bytes=need - len(chosen) * saved)
-        for at in chosen:
-            low_LE[at // per_rank, rank * per_rank + at % per_rank] = True
-    return low_LE
+def _num_low(num_slots: int, topology: Topology, limits: ResidentLimits) -> int:
+    """Originals that each rank must store low in each layer, to be within its budget."""
+    high, low = limits.expert_bytes.high, limits.expert_bytes.low
+    before = topology.experts_per_rank * high
+    need = before + num_slots * low - int(limits.budget_share * before + 1e-6)
+    return max(0, -(-need // (high - low)))
 
 
-def _cheapest(order: list[int], free_Le: np.ndarray, wanted: int) -> list[int]:
-    """The first `wanted` places in `order` that are free; in each layer one is left high."""
-    num_layers, per_rank = free_Le.shape
-    left_L = [per_rank - 1] * num_layers
-    chosen: list[int] = []
-    for at in order:
-        layer = at // per_rank
-        if len(chosen) == wanted:
-            break
-        if free_Le.flat[at] and left_L[layer] > 0:
-            left_L[layer] -= 1
-            chosen.append(at)
-    return chosen
+def _most(replicas: list[list[Replica]], topology: Topology) -> int:
+    """Slots that are used: the most replicas of a rank and layer."""
+    ranks = range(topology.num_ranks)
+    return max(sum(copy.rank == rank for copy in copies) for copies in replicas for rank in ranks)
 
 
 def _may_be_low(
-    replicas: list[list[Replica]], importance_LE: FloatArray, keep_share: float
-) -> np.ndarray:
-    num_experts = importance_LE.shape[1]
-    num_kept = int(np.ceil(keep_share * num_experts - 1e-9))
-    free_LE = np.ones(importance_LE.shape, dtype=bool)
-    dearest_LE = np.argsort(-importance_LE, axis=1, kind="stable")[:, :num_kept]
-    np.put_along_axis(free_LE, dearest_LE, False, axis=1)
+    replicas: list[list[Replica]], importance_LE: FloatArray, topology: Topology, keep_share: float
+) -> BoolArray:
+    """Whether each original may be stored low, [L, E]: neither replicated nor important."""
+    per_rank = topology.experts_per_rank
+    num_kept = int(np.ceil(keep_share * per_rank - 1e-9))
+    by_rank = (topology.num_layers, topology.num_ranks, per_rank)
+    order = np.argsort(-importance_LE.reshape(by_rank), axis=2, kind="stable")
+    free = np.ones(by_rank, dtype=bool)
+    np.put_along_axis(free, order[..., :num_kept], False, axis=2)
+    free_LE: BoolArray = free.reshape(importance_LE.shape)
     for number, copies in enumerate(replicas):
         free_LE[number, [copy.expert for copy in copies]] = False
     return free_LE
 
 
-def _give_up_one(replicas: list[list[Replica]], rows_LE: IntArray, rank: int) -> bool:
-    """Take the last replicas of one layer away, down to the last on `rank`; False if it has none.
-
-    Whole tails, so that what is left is what the same rule makes with fewer copies.
-    """
-    ends = [
-        max((at for at, copy in enumerate(copies) if copy.rank == rank), default=None)
-        for copies in replicas
-    ]
-    left = [
-        (_score(rows_LE[layer], copies[:end]), layer)
-        for layer, (copies, end) in enumerate(zip(replicas, ends, strict=True))
-        if end is not None
-    ]
-    if not left:
-        return False
-    layer = min(left)[1]
-    del replicas[layer][ends[layer] :]
-    return True
+def _fewest(free_LE: BoolArray, topology: Topology) -> int:
+    """How many originals every rank can store low in every layer; one always stays high."""
+    per_rank = topology.experts_per_rank
+    return min(int(free_LE.reshape(-1, per_rank).sum(axis=1).min()), per_rank - 1)
 
 
-def _score(rows_E: IntArray, copies: list[Replica]) -> float:
-    return float(lis(rows_E[None], (LayerPlacement(replicas=tuple(copies)),))[0])
+def _cheapest(
+    importance_LE: FloatArray, free_LE: BoolArray, num_low: int, topology: Topology
+) -> BoolArray:
+    """The `num_low` least important free originals of each rank and layer, bool [L, E]."""
+    by_rank = (-1, topology.experts_per_rank)
+    worth = np.where(free_LE, importance_LE, np.inf).reshape(by_rank)
+    low = np.zeros(worth.shape, dtype=bool)
+    order = np.argsort(worth, axis=1, kind="stable")[:, :num_low]
+    np.put_along_axis(low, order, True, axis=1)
+    low_LE: BoolArray = low.reshape(importance_LE.shape)
+    return low_LE
 
 
-def _refuse_budget(unpaid: _Unpaid, topology: Topology, limits: ResidentLimits) -> None:
-    before = topology.num_layers * topology.experts_per_rank * limits.expert_bytes.high
-    least = limits.budget_share + unpaid.missing_bytes / before
+def _refuse_budget(fewest: int, topology: Topology, limits: ResidentLimits) -> None:
+    saved = 1 - limits.expert_bytes.low / limits.expert_bytes.high
+    least = 1 - fewest * saved / topology.experts_per_rank
     raise PlacementError(
-        f"budget {limits.budget_share:g} cannot be met on rank {unpaid.rank}, without replicas "
-        f"even: {unpaid.missing_bytes} bytes are missing with a share of {limits.keep_share:g} "
-        f"kept high. Use a budget of {min(least + 5e-4, 1.0):.3f} or more, or keep less high"
+        f"budget {limits.budget_share:g} cannot be met, without replicas even: with a share of "
+        f"{limits.keep_share:g} kept high some rank can store {fewest} of its "
+        f"{topology.experts_per_rank} experts of a layer low. Use a budget of "
+        f"{min(least + 5e-4, 1.0):.3f} or more, or keep less high"
     )

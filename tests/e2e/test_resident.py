@@ -18,6 +18,7 @@ from sglang_moelb.placement import (
     RankMemory,
     Sizes,
     memory_of,
+    num_slots_of,
 )
 from sglang_moelb.types import Topology
 
@@ -98,15 +99,14 @@ def test_answers_stay_close_to_those_without_it_in_prefill_and_decode(
 
 def test_the_memory_of_experts_is_told_and_has_not_grown(server: Server) -> None:
     placement = make_placement()
-    low = [e for layer in placement.layers for e in layer.low_experts]
-    replicas = [r for layer in placement.layers for r in layer.replicas if r.rank == 0]
-    num_low = sum(expert < NUM_EXPERTS // NUM_RANKS for expert in low)
+    num_low = len(placement.layers[0].low_experts) // NUM_RANKS
+    num_slots = num_slots_of(placement.layers, NUM_RANKS)
+    assert num_low > 0 < num_slots
     memory = status(server)["memory"]
     before = NUM_LAYERS * NUM_EXPERTS // NUM_RANKS * WEIGHTS * 4  # float32 on CPU
     assert memory["experts_bytes_before"] == before
-    assert memory["experts_bytes_after"] == before - num_low * (WEIGHTS * 4 - LOW) + (
-        len(replicas) * LOW
-    )
+    after = before - NUM_LAYERS * (num_low * (WEIGHTS * 4 - LOW) - num_slots * LOW)
+    assert memory["experts_bytes_after"] == after
     assert memory["experts_bytes_after"] < before
     assert "resident placement" in server.log.read_text()
 

@@ -31,7 +31,7 @@ from .test_downgrade_start import lora, make_layer  # noqa: F401 - a fixture for
 
 TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=2, topk=2)
 WEIGHTS = 3 * 128 * 256
-LAYER = LayerPlacement(replicas=(Replica(expert=0, rank=1),), low_experts=(4, 5))
+LAYER = LayerPlacement(replicas=(Replica(expert=0, rank=1),), low_experts=(1, 2, 4, 5))
 
 
 def placement(layers: tuple[LayerPlacement, ...] = (LAYER, LAYER), **changes: Any) -> Placement:

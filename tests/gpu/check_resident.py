@@ -140,7 +140,7 @@ def main() -> None:
     dist.init_process_group("nccl")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     topology = Topology(num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=TOPK)
-    place = layout(made_up(num_ranks), topology)
+    place = layout(made_up(num_ranks), topology, NUM_SLOTS)
     check_store(place, rank, num_ranks)
     check_choice(place, rank)
     dist.barrier()

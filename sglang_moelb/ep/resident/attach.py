@@ -23,7 +23,7 @@ from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
-from sglang_moelb.placement import LayerLayout, Placement, PlacementError, layout, load
+from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
@@ -55,14 +55,12 @@ def attach_resident(
         placement = load(Path(path))
     except PlacementError as error:
         sys.exit(f"sglang_moelb: resident.placement: {error}")
-    layouts_L = [layout(layer, topology) for layer in placement.layers] if (
-        placement.sizes.topology == topology
-    ) else []  # fmt: skip
+    num_slots = num_slots_of(placement.layers, placement.sizes.num_ranks)
     refusal = (
         _misfit(placement, topology, layers)
         or _server_refusal(model_runner.server_args, layers)
         or low.refusal_of(Config(), layers)
-        or _places_refusal(layouts_L)
+        or _places_refusal(topology.experts_per_rank + num_slots)
         or _difference(placement, group.cpu_group)
     )
     if refusal:
@@ -71,6 +69,7 @@ def attach_resident(
             f"sglang_moelb: resident.placement {path} cannot be used: {what}: {why}. Or start "
             "without resident.placement."
         )
+    layouts_L = [layout(layer, topology, num_slots) for layer in placement.layers]
     before = high_bytes(layers)
     stored_L = [
         store(layer, place, rank=rank, group=group.device_group)
@@ -85,13 +84,13 @@ def attach_resident(
             inner._normal_dispatcher.num_experts = topology.num_ranks * place.num_places
     if layers[0].w13_weight.is_cuda:
         torch.cuda.empty_cache()  # SGLang sizes the KV cache from what the device has free
-        _warm_up(layers, stored_L, group)
+        _warm_up(layers[0], stored_L[0], group)
     logger.info(
-        "sglang_moelb: resident placement %s: experts of this rank %d of %d places high, %.1f MiB, "
-        "before %.1f MiB",
+        "sglang_moelb: resident placement %s: in each layer %d experts of this rank high and %d "
+        "places low; its experts take %.1f MiB, before %.1f MiB",
         path,
-        sum(stored.num_high for stored in stored_L),
-        sum(stored.num_high + stored.num_low for stored in stored_L),
+        stored_L[0].num_high,
+        stored_L[0].num_low,
         memory.after / (1 << 20),
         memory.before / (1 << 20),
     )
@@ -136,12 +135,11 @@ def _server_refusal(server_args: Any, layers: Sequence[Any]) -> tuple[str, str] 
     return None
 
 
-def _places_refusal(layouts_L: Sequence[LayerLayout]) -> tuple[str, str] | None:
-    most = max(place.num_places for place in layouts_L)
-    if most <= MAX_PLACES:
+def _places_refusal(num_places: int) -> tuple[str, str] | None:
+    if num_places <= MAX_PLACES:
         return None
     return (
-        f"{most} experts on a rank",
+        f"{num_places} experts on a rank",
         f"DeepEP sends to at most {MAX_PLACES}; calibrate with fewer --slots or more ranks",
     )
 
@@ -160,18 +158,13 @@ def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
     return sum(stored.low.num_bytes for stored in stored_L if stored.low is not None)
 
 
-def _warm_up(layers: Sequence[Any], stored_L: Sequence[StoredLayer], group: Any) -> None:
-    """Compile both precisions at the sizes that occur, on all ranks, before requests come.
+def _warm_up(layer: Any, stored: StoredLayer, group: Any) -> None:
+    """Compile both precisions on all ranks before requests come, as `ep.low.attach.warm_up` does.
 
-    DeepGEMM's kernels know how many experts a call has, so each number of them is run once.
+    DeepGEMM compiles for a number of experts, which is the same in all layers and on all ranks.
     """
-    seen: set[tuple[int, bool]] = set()
-    for layer, stored in zip(layers, stored_L, strict=True):
-        if (stored.num_high, False) not in seen:
-            seen.add((stored.num_high, False))
-            layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
-        if stored.low is not None and (stored.num_low, True) not in seen:
-            seen.add((stored.num_low, True))
-            fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
+    layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
+    if stored.low is not None:
+        fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
     torch.cuda.synchronize()
     dist.barrier(group=group.cpu_group)

@@ -59,8 +59,7 @@ class ResidentExperts:
         """
         stored = self._stored[id(module)]
         counts = dispatch_output.num_recv_tokens_per_expert
-        end = stored.num_high + stored.num_low
-        high, low = counts[: stored.num_high], counts[stored.num_high : end]
+        high, low = counts[: stored.num_high], counts[stored.num_high :]
         if stored.low is None or not any(low):
             # Places behind the high ones got no row, so their ids do not occur.
             return _run_high(module, dispatch_output._replace(num_recv_tokens_per_expert=high))

@@ -27,7 +27,8 @@ NAMES = ("w13", "w2", "w13_scale", "w2_scale")  # the tensors of Fp8Weights
 class StoredLayer:
     """What this rank holds of a layer: places 0 to num_high - 1 high, the next num_low low.
 
-    `low` is None where nothing is low; the high weights are the parameters of SGLang's layer.
+    `low` is None where nothing is low; a place without a replica holds zeros. The high weights are
+    the parameters of SGLang's layer.
     """
 
     num_high: int
@@ -45,8 +46,7 @@ def store(layer: Any, layout: LayerLayout, *, rank: int, group: dist.ProcessGrou
     first = rank * (len(layout.copies_EC) // dist.get_world_size(group))
     high = [expert - first for expert in layout.high[rank]]
     own_low = [expert - first for expert in layout.low[rank]]
-    replicas = layout.replicas[rank]
-    num_low = len(own_low) + len(replicas)
+    num_low = layout.num_places - len(high)
     low = _empty(layer, num_low) if num_low else None
     for place, expert in enumerate(own_low):
         assert low is not None
