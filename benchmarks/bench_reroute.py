@@ -34,7 +34,10 @@ def make_cases(device: str) -> Iterator[BenchCase]:
             rows_RE[0] = np.bincount(ids_TK.flatten().numpy(), minlength=case.num_experts)
             rows_RW = make_rows(rows_RE).to(torch.device(device))
             slots_RS, quota_ER, _ = place_replicas(
-                rows_RW, num_experts=case.num_experts, num_slots=NUM_SLOTS, min_rows=64
+                rows_RW,
+                num_experts=case.num_experts,
+                num_slots=NUM_SLOTS,
+                min_rows=64 if case.strength > 1 else 1 << 20,  # balanced: without a copy
             )
             call = partial(reroute, ids_TK.to(device), rows_RW, slots_RS, quota_ER, my_rank=0)
             yield BenchCase(
