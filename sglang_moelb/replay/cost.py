@@ -33,9 +33,8 @@ class Machine:
 
     The defaults are 4 H100 of one host, experts of Qwen3-30B-A3B (2048 x 768) in bf16: `fit` of
     benchmarks/results/prefill_h100x4_20261122_18fd9dd.jsonl. They hold where the device is the
-    bottleneck; at 1,024 tokens a rank that server waited for its host. Of replicate it is what was
-    exposed on two H100 of one host, copies included; of downgrade, which was not told apart there,
-    drop's.
+    bottleneck; at 1,024 tokens a rank that server waited for its host. Replicate's own time is what
+    was exposed on two H100 of one host, copies included; downgrade's is taken to be drop's.
     """
 
     fixed_ms: float = 0.1572

@@ -178,6 +178,22 @@ def test_switching_under_load_gives_the_answers_of_one_mode_or_the_other_and_no_
     assert status(server)["controller"]["state"] == "running"
 
 
+def test_auto_that_may_lose_nothing_takes_no_other_lever_and_answers_as_stock(
+    server: Server,
+) -> None:
+    exact, _ = said_under(server, {"mode": "none"}, IMAGE)
+    limits = {"quality_budget": 0.0, "min_gain": 0.0, "switch_margin": 0.0, "interval_ms": 0.0}
+    change(server, {**MODE, "mode": "auto", "controller": limits})
+    for _ in range(8):
+        said: list[Said] = []
+        passes = passes_of(server, lambda said=said: said.append(say(server, IMAGE)))
+        # Whether copies pay depends on the machine: what they take is known from the tests before.
+        assert {one["lever"] for one in passes} <= {"none", "replicate"}
+        assert apart(said[0], exact) < TOLERANCE
+    assert status(server)["controller"]["last_decision"]["reason"]
+    assert status(server)["controller"]["state"] == "running"
+
+
 @pytest.mark.slow
 def test_four_ranks_are_balanced_and_tokens_are_those_of_stock(serve: Serve) -> None:
     server = serve("text", *FLAGS, ranks=4)
