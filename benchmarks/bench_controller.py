@@ -1,6 +1,6 @@
 """CPU time of the controller process for one prefill pass.
 
-    python -m benchmarks.bench_controller [--repeats N] [--mode auto] [--level device]
+    python -m benchmarks.bench_controller [--repeats N] [--mode auto] [--level device] [--slots 8]
 
 Goals on the host clock of one core: `Controller.step` under 0.25 ms at 12 layers, 128 experts,
 4 ranks and under 0.4 ms at 48 layers, 8 ranks; at 12 layers `build_record` under 0.2 ms and
@@ -124,7 +124,7 @@ def measure(
     world, controller, ledger = World(topology), Controller(config, topology), Ledger(topology)
     shared = SharedCounts.create(topology)
     slot = records.slots_of(shared)[0]
-    arrays = shared.counts_SRLW[0], shared.stats_SR8[0], shared.low_SLE[0]
+    arrays = shared.counts_SRLW[0], shared.stats_SR8[0], shared.low_SLE[0], shared.copied_SLR2[0]
     times: dict[str, list[float]] = defaultdict(list)
     num_acted = 0
 
@@ -139,6 +139,8 @@ def measure(
         num_acted += step >= WARM_UP and log.lever != 0
         counts_RLW = torch.stack([outcome.counts_RW for outcome in log.outcomes_L], dim=1)
         stats_R8 = torch.stack([log.outcomes_L[0].stats_8] * topology.num_ranks)
+        # Where the lever replicate acts it leaves perfect balance by two copies a rank.
+        shared.copied_SLR2[0] = log.agreed.sizes_R[0].num_tokens * topology.topk, 2
         closed = records.close(log, counts_RLW, stats_R8, slot)
         closed.ended.s = 2.0 * sum(
             marks["dispatch"].ms_until(marks["combined"]) / 1e3 for marks in log.marks_L
@@ -157,9 +159,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--level", default="device")
+    parser.add_argument("--slots", type=int, default=8, help="of the lever replicate; 0: without")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    config = merge(Config(), {"mode": given.mode, "capacity": {"level": given.level}})
+    tree = {"capacity": {"level": given.level}, "replicate": {"slots": given.slots}}
+    config = merge(Config(), {"mode": given.mode, **tree})
     for topology in TOPOLOGIES:
         times, num_acted = measure(topology, config, given.repeats)
         for name, times_ms in times.items():

@@ -1,11 +1,13 @@
-"""Prefill throughput of a running server at several skews and modes, interleaved.
+"""Prefill throughput of running servers at several skews and modes, interleaved.
 
-    python3 -m benchmarks.gpu.bench_prefill --url http://127.0.0.1:31000 --label stock \
-        --skew-file /tmp/skew --skews 1,2,3 --modes stock --out rows.jsonl
+    python3 -m benchmarks.gpu.bench_prefill --server stock=http://127.0.0.1:21000=stock \
+        --server moelb=http://127.0.0.1:22000=none,drop@1.25 \
+        --skew-file /tmp/skew --skews 1,2,3 --out rows.jsonl
 
-Each request is `--tokens` random ids with one token out; a burst holds `--requests` of them. For
-every repeat, all (skew, mode) pairs are measured once, in an order that is reversed every second
-repeat. One JSON row a burst; the table shows median, minimum and maximum.
+Each request is `--tokens` random ids with one token out; a burst of `--requests` goes to one
+server. For every repeat, all (skew, server, mode) are measured once, in an order that is
+reversed every second repeat. One JSON row a burst; the table shows median, minimum and maximum.
+With `--outputs`, tokens and log-probabilities of all are compared first with those of the first.
 """
 
 from __future__ import annotations
@@ -17,12 +19,47 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 VOCABULARY = 150_000
+SINGLE_LENGTHS = (1, 7, 64, 333, 1024, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server and the modes to measure it in."""
+
+    label: str
+    url: str
+    modes: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Server:
+        """Read LABEL=URL=MODE,MODE."""
+        label, url, modes = text.split("=")
+        return cls(label, url, tuple(modes.split(",")))
+
+
+def turns(servers: list[Server]) -> Iterator[tuple[Server, str]]:
+    """Every mode of every server."""
+    return ((server, mode) for server in servers for mode in server.modes)
+
+
+def ids(rng: random.Random, num_tokens: int) -> list[int]:
+    """A prompt of random tokens."""
+    return [rng.randrange(VOCABULARY) for _ in range(num_tokens)]
+
+
+def client() -> aiohttp.ClientSession:
+    """Connections are not kept: a server closes those that other servers' turns leave idle."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=300), connector=aiohttp.TCPConnector(force_close=True)
+    )
 
 
 async def burst(
@@ -79,25 +116,23 @@ async def last_pass(
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All repeats of all pairs."""
+    """All repeats of all skews, servers and modes."""
     rows: list[dict[str, Any]] = []
-    pairs = [(s, m) for s in args.skews.split(",") for m in args.modes.split(",")]
-    timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    order = [(skew, *turn) for skew in args.skews.split(",") for turn in turns(args.server)]
+    async with client() as session:
         for repeat in range(-args.warmups, args.repeats):
-            for skew, mode in pairs if repeat % 2 == 0 else pairs[::-1]:
+            for skew, server, mode in order if repeat % 2 == 0 else order[::-1]:
                 Path(args.skew_file).write_text(skew)
-                await settle(session, args.url, mode)
+                await settle(session, server.url, mode)
                 rng = random.Random(repeat)
-                prompts = [
-                    [rng.randrange(VOCABULARY) for _ in range(args.tokens)]
-                    for _ in range(args.requests)
-                ]
-                seconds, _ = await burst(session, args.url, prompts, 1)
-                row = {
+                prompts = [ids(rng, args.tokens) for _ in range(args.requests)]
+                seconds, _ = await burst(session, server.url, prompts, 1)
+                if repeat < 0:
+                    continue
+                rows.append({
                     "hardware": args.hardware,
                     "commit": args.commit,
-                    "label": args.label,
+                    "label": server.label,
                     "skew": float(skew),
                     "mode": mode,
                     "repeat": repeat,
@@ -105,93 +140,89 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "tokens": args.tokens,
                     "seconds": seconds,
                     "tokens_per_s": args.requests * args.tokens / seconds,
-                    "pass": await last_pass(session, args.url, mode),
-                }
-                if repeat >= 0:
-                    rows.append(row)
+                    "pass": await last_pass(session, server.url, mode),
+                })  # fmt: skip
     return rows
 
 
-async def identity(args: argparse.Namespace) -> list[Any]:
-    """Tokens and log-probabilities of single requests, to compare servers bit by bit."""
-    rng = random.Random(7)
-    async with aiohttp.ClientSession() as session:
-        await settle(session, args.url, args.modes.split(",")[0])
-        outputs = []
-        for length in (1, 7, 64, 333, 1024, 2048):
-            _, answers = await burst(
-                session, args.url, [[rng.randrange(VOCABULARY) for _ in range(length)]], 8
-            )
-            meta = answers[0]["meta_info"]["output_token_logprobs"]
-            outputs.append([(entry[0], entry[1]) for entry in meta])
-        return outputs
+async def outputs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What every server and mode answers: to single requests as routed, to a batch at top skew."""
+    said: dict[str, dict[str, Any]] = {}
+    async with client() as session:
+        for server, mode in turns(args.server):
+            rng = random.Random(7)
+            Path(args.skew_file).write_text("0")
+            await settle(session, server.url, mode)
+            single = []
+            for length in SINGLE_LENGTHS:
+                single += (await burst(session, server.url, [ids(rng, length)], 8))[1]
+            Path(args.skew_file).write_text(max(args.skews.split(","), key=float))
+            prompts = [ids(rng, args.tokens) for _ in range(args.batch)]
+            _, batch = await burst(session, server.url, prompts, 4)
+            said[f"{server.label} {mode}"] = {
+                "single": log_probabilities(single),
+                "batch": log_probabilities(batch),
+                "pass": await last_pass(session, server.url, mode),
+            }
+    return said
 
 
-async def closeness(args: argparse.Namespace) -> None:
-    """Print how far log-probabilities of each mode are from those of the first, at the top skew.
+def log_probabilities(answers: list[Any]) -> list[tuple[float, int]]:
+    """(log-probability, token) of every token out."""
+    return [
+        (entry[0], entry[1])
+        for answer in answers
+        for entry in answer["meta_info"]["output_token_logprobs"]
+    ]
 
-    Ends the process where one is not finite, or where the rule should have lowered a rank and none
-    was.
-    """
-    Path(args.skew_file).write_text(max(args.skews.split(","), key=float))
-    rng = random.Random(11)
-    prompts = [[rng.randrange(VOCABULARY) for _ in range(args.tokens)] for _ in range(4)]
-    said: dict[str, list[tuple[float, int]]] = {}
-    async with aiohttp.ClientSession() as session:
-        for mode in args.modes.split(","):
-            await settle(session, args.url, mode)
-            _, answers = await burst(session, args.url, prompts, 4)
-            said[mode] = [
-                (entry[0], entry[1])
-                for answer in answers
-                for entry in answer["meta_info"]["output_token_logprobs"]
-            ]
-            low_rows = (await last_pass(session, args.url, mode, 2)).get("low_rows_R", [])
-            print(f"{args.label} {mode}: rows at low precision by rank {low_rows}")
-            if mode.startswith("downgrade") and not sum(low_rows):
-                raise SystemExit(f"{mode}: no rank was lowered")
-    first = said[args.modes.split(",")[0]]
-    for mode, pairs in said.items():
-        apart = [abs(a[0] - b[0]) for a, b in zip(first, pairs, strict=True)]
-        same = sum(a[1] == b[1] for a, b in zip(first, pairs, strict=True))
-        print(f"{args.label} {mode}: log-probabilities apart by {statistics.mean(apart):.5f}, at "
-              f"most {max(apart):.5f}; {same} of {len(pairs)} tokens equal")  # fmt: skip
-        if not all(math.isfinite(logprob) for logprob, _ in pairs):
-            raise SystemExit(f"{mode}: a log-probability is not finite")
+
+def print_outputs(said: dict[str, dict[str, Any]]) -> None:
+    """A line for each, against the first. Ends the process at a log-probability not finite."""
+    first = next(iter(said.values()))
+    for name, one in said.items():
+        for kind in ("single", "batch"):
+            if not all(math.isfinite(log_probability) for log_probability, _ in one[kind]):
+                raise SystemExit(f"{name}: a log-probability is not finite")
+            pairs = list(zip(first[kind], one[kind], strict=True))
+            apart = [abs(a[0] - b[0]) for a, b in pairs]
+            same = sum(a[1] == b[1] for a, b in pairs)
+            bits = "bit-equal" if one[kind] == first[kind] else f"at most {max(apart):.5f} apart"
+            print(f"{name:28} {kind:6} {same} of {len(pairs)} tokens equal, log-probabilities "
+                  f"{bits}, mean {statistics.mean(apart):.6f}")  # fmt: skip
+        shown = ("lever", "low_rows_R", "num_copies_R", "balance_after_L")
+        acted = {key: one["pass"].get(key) for key in shown}
+        print(f"{name:28} last pass: {acted}" if one["pass"] else f"{name:28} no status")
 
 
 def main() -> None:
-    """Measure, append the rows to a file and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", required=True)
-    parser.add_argument("--label", required=True, help="name of the server in the rows")
+    """Compare, measure, append the rows to a file and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--server", action="append", type=Server.parse, required=True,
+        help="LABEL=URL=MODES; modes: stock, or such as drop@1.25,downgrade:experts@1.0",
+    )  # fmt: skip
     parser.add_argument("--skew-file", required=True)
     parser.add_argument("--skews", default="1,2,3", help="max/mean rank rows to impose")
-    parser.add_argument(
-        "--modes", default="stock", help="stock, or such as drop@1.25, downgrade:experts@1.0"
-    )
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
+    parser.add_argument("--batch", type=int, default=8, help="requests compared at top skew")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--hardware", default="", help="kept in the rows")
     parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
-    parser.add_argument("--identity", default="", help="file for single-request outputs")
-    parser.add_argument("--closeness", action="store_true", help="compare the modes' outputs")
+    parser.add_argument("--outputs", default="", help="file for the outputs compared")
     parser.add_argument("--out", required=True, help="JSON lines, appended")
     args = parser.parse_args()
-    if args.identity:
-        Path(args.skew_file).write_text("0")
-        outputs = asyncio.run(identity(args))
-        Path(args.identity).write_text(json.dumps(outputs))
-    if args.closeness:
-        asyncio.run(closeness(args))
+    if args.outputs:
+        said = asyncio.run(outputs(args))
+        Path(args.outputs).write_text(json.dumps(said))
+        print_outputs(said)
     rows = asyncio.run(measure(args))
     with Path(args.out).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    for key in dict.fromkeys((r["skew"], r["mode"]) for r in rows):
-        rates = [r["tokens_per_s"] for r in rows if (r["skew"], r["mode"]) == key]
-        print(f"{args.label:8} skew {key[0]} {key[1]:12} median {statistics.median(rates):9.0f} "
+    for key in dict.fromkeys((r["skew"], r["label"], r["mode"]) for r in rows):
+        rates = [r["tokens_per_s"] for r in rows if (r["skew"], r["label"], r["mode"]) == key]
+        print(f"skew {key[0]:4} {key[1]:10} {key[2]:14} median {statistics.median(rates):9.0f} "
               f"min {min(rates):9.0f} max {max(rates):9.0f} tok/s")  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""What `run_prefill.sh` left in a folder, as tables: identity of outputs, and times of passes.
+"""What `run_prefill.sh` left in a folder, as a table of the times of passes.
 
     python -m benchmarks.gpu.compare_passes results
 
-A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); the first ten of a server are
-left out. `period` is the time from the start of a pass to the start of the next within a burst.
+A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); the first four of a kind are left
+out. `period` is the time from the start of a pass to the start of the next within a burst.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from typing import Any
 
 import numpy as np
 
-NUM_WARMUP = 10
+FULL = (16384, 1024)  # tokens
+NUM_WARMUP = 4
 MAX_PERIOD_MS = 1000.0
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the table of every server."""
     folder = Path(sys.argv[1])
-    identities = sorted(folder.glob("identity-*.json"))
-    for path in identities[1:]:
-        same = path.read_text() == identities[0].read_text()
-        print(f"{path.stem} against {identities[0].stem}: {'equal' if same else 'DIFFERENT'}")
     for path in sorted(folder.glob("passes-*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for num_tokens in (16384, 1024):
-            for lever in sorted({row["lever"] for row in rows}):
-                print_passes(path.stem, num_tokens, lever, rows)
+        for kind in sorted({kind_of(row) for row in rows if row["num_tokens"] in FULL}):
+            print_passes(path.stem, kind, rows)
 
 
-def print_passes(name: str, num_tokens: int, lever: str, rows: list[dict[str, Any]]) -> None:
-    """Medians and quartiles of the passes of one size and lever of one server."""
+def kind_of(row: dict[str, Any]) -> tuple[int, float, str]:
+    """What passes have in common that are compared: size, imposed skew and lever."""
+    return row["num_tokens"], row["skew"], row["lever"]
+
+
+def print_passes(name: str, kind: tuple[int, float, str], rows: list[dict[str, Any]]) -> None:
+    """Medians and quartiles of the passes of one kind of one server."""
     pairs = [
         (row, 1e3 * (after["begun_s"] - row["begun_s"]))
         for row, after in pairwise(rows)
-        if (row["num_tokens"], row["lever"]) == (num_tokens, lever)
+        if kind_of(row) == kind
     ][NUM_WARMUP:]
     if not pairs:
         return
-    print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, lever {lever}")
+    num_tokens, skew, lever = kind
+    print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, skew {skew:g}, lever {lever}")
     columns = {
         "host_ms": [row["host_ms"] for row, _ in pairs],
         "device_ms": [row["device_ms"] for row, _ in pairs],

@@ -25,7 +25,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.gpu.bench_prefill import VOCABULARY, burst
+from benchmarks.gpu.bench_prefill import VOCABULARY, burst, client
 
 TRUE_EFFECT = 0.02
 LOG_INTERVAL_S = 1.0  # the verdict is made anew as often
@@ -104,7 +104,7 @@ def turns(mode: str, num_pairs: int) -> Iterator[str]:
 async def follow(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each skew."""
     rows = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+    async with client() as session:
         for skew in args.skews.split(","):
             Path(args.skew_file).write_text(skew)
             rng = random.Random(float(skew))

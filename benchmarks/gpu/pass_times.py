@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.skew_plugin import imposed_skew
+
 VARIABLE, PARTS_VARIABLE = "MOELB_BENCH_TIMES", "MOELB_BENCH_PARTS"
 _pending: deque[tuple[dict[str, Any], torch.cuda.Event, torch.cuda.Event]] = deque()
 _parts_us: Counter[str] = Counter()
@@ -32,7 +34,7 @@ def register() -> None:
 
     target = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
     HookRegistry.register(target, _timed, HookType.AROUND)
-    if PARTS_VARIABLE in os.environ:
+    if os.environ.get(PARTS_VARIABLE):
         _time_parts()
 
 
@@ -51,6 +53,7 @@ def _timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         "begun_s": begun_s,
         "num_tokens": int(batch.input_ids.shape[0]),
         "lever": _lever(),
+        "skew": imposed_skew(),
         "host_ms": host_ms,
         "parts_us": {k: round(v) for k, v in (_parts_us - before).items()},
     }

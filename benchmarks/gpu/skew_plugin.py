@@ -3,7 +3,8 @@
 Every token gets `topk * skew / num_ranks` experts of the hot rank and the rest from the others, all
 distinct, so the rank rows are exactly `skew` times the mean. The skew is read from the file named
 by MOELB_BENCH_SKEW at each pass, so that one server can be measured at several. With
-MOELB_BENCH_VISION set, a balanced server takes every token for vision.
+MOELB_BENCH_VISION set, a balanced server takes every token for vision. SGLang's dummy weights, with
+which all log-probabilities are those of chance, are scaled until experts count in them.
 
 Shape letters: T tokens, K top-k, R ranks.
 """
@@ -19,6 +20,7 @@ import torch
 
 VARIABLE, VISION_VARIABLE = "MOELB_BENCH_SKEW", "MOELB_BENCH_VISION"
 MAX_TOKENS = 65536
+WEIGHT_SCALE = 30.0  # from 0.001 to 0.03 at most, the usual size at initialisation
 _current = {"stamp": 0, "skew": 0.0}
 
 
@@ -31,7 +33,10 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _skewed, HookType.BEFORE
     )
-    if VISION_VARIABLE in os.environ:
+    HookRegistry.register(
+        "sglang.srt.model_loader.loader.initialize_dummy_weights", _scaled, HookType.AFTER
+    )
+    if os.environ.get(VISION_VARIABLE):
         _all_vision()
 
 
@@ -43,8 +48,16 @@ def _all_vision() -> None:
     PassOpener._flags = lambda *args: flags_of(*args) | FLAG_VISION  # type: ignore[method-assign]
 
 
+def _scaled(result: None, model: torch.nn.Module) -> None:
+    for name, weight in model.state_dict().items():
+        if "norm" in name:
+            weight.fill_(1.0)
+        elif torch.is_floating_point(weight):
+            weight.mul_(WEIGHT_SCALE)
+
+
 def _skewed(layer: Any, hidden_states: Any, topk_output: Any) -> tuple[Any, Any] | None:
-    skew = _skew()
+    skew = imposed_skew()
     num_tokens, topk = topk_output.topk_ids.shape
     if not skew or num_tokens < 64:
         return None
@@ -59,7 +72,8 @@ def _skewed(layer: Any, hidden_states: Any, topk_output: Any) -> tuple[Any, Any]
     return (layer, hidden_states, topk_output._replace(topk_ids=ids)), {}
 
 
-def _skew() -> float:
+def imposed_skew() -> float:
+    """What the file says now, 0 for the router's own ids; read again when it has been written."""
     path = Path(os.environ[VARIABLE])
     stamp = path.stat().st_mtime_ns
     if stamp != _current["stamp"]:

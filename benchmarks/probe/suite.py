@@ -71,7 +71,7 @@ def to_request(parts: tuple[Part, ...], request_id: int) -> Request:
         if isinstance(part, str):
             content.append({"type": "text", "text": part})
         else:
-            content.append({"type": "image_url", "image_url": {"url": _png_url(part)}})
+            content.append({"type": "image_url", "image_url": {"url": png_url(part)}})
     texts = [part for part in parts if isinstance(part, str)]
     images = [part for part in parts if not isinstance(part, str)]
     return Request(
@@ -89,7 +89,8 @@ def digest(item: Item) -> int:
     return zlib.crc32("|".join([item.task, *asked, item.answer]).encode())
 
 
-def _png_url(image: Image) -> str:
+def png_url(image: Image) -> str:
+    """An image as a data URL."""
     buffer = io.BytesIO()
     Pil.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -14,10 +14,12 @@ from functools import partial
 
 from sglang_moelb.config import Config, policy_of
 from sglang_moelb.controller import cost, forecast, load, verdict
+from sglang_moelb.controller.copy_cost import HIDDEN
 from sglang_moelb.controller.decide import Standing, decide
 from sglang_moelb.controller.low_cost import LowCost
-from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.controller.own_time import OwnTimes, size_of
 from sglang_moelb.controller.project_downgrade import Projection
+from sglang_moelb.controller.project_replicate import CopyRule
 from sglang_moelb.controller.quality import LossModel, QualityWindow
 from sglang_moelb.controller.scoreboard import Scoreboard
 from sglang_moelb.types import (
@@ -34,6 +36,7 @@ from sglang_moelb.types import (
 )
 
 CLOCK_TOLERANCE_S = 1e-6
+NUM_NEWEST = 4  # passes that stop a lever which makes them clearly longer
 
 
 class Controller:
@@ -48,8 +51,10 @@ class Controller:
         self._topology = topology
         self._standing = Standing()
         self._loss = LossModel()
-        self._own = OwnTime()
+        self._own = OwnTimes()
+        self._num_losing = 0  # passes in a row that the lever made clearly longer
         self._low_cost = LowCost()
+        self._copy_cost = HIDDEN
         self._cost = cost.UNMEASURED
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
@@ -80,8 +85,10 @@ class Controller:
             self._loss = self._loss.updated(record, self._topology)
             entered = self._take(record)
             if entered:
-                self._own = self._own.updated(record)
+                self._own = self._own.updated(record, self._loads[-1].num_tokens)
+                self._num_losing = self._num_losing + 1 if self._lost_time(self._loads[-1]) else 0
                 self._low_cost = self._low_cost.updated(record, self._topology, self._cost)
+                self._copy_cost = self._copy_cost.updated(record, self._cost)
             if (entered or record.lost_mass) and self._is_due(observation.now_s):
                 self._estimated_s = observation.now_s
                 self._estimate = self._estimated()
@@ -128,20 +135,35 @@ class Controller:
         return self._policy
 
     def _is_due(self, now_s: float) -> bool:
-        """Whether to forecast and decide: the interval is over, or the budget is."""
+        """Whether to forecast and decide: the interval is over, or a lever must stop before."""
         limits = self._config.controller
         lever, quality = self._policy.lever, self._quality
         if lever is Lever.DOWNGRADE and quality.low_share > limits.downgrade_budget:
             return True
         if lever.cuts and quality.spent_share > limits.quality_budget:
             return True
+        if self._config.mode == "auto" and self._num_losing == NUM_NEWEST:
+            return True
         return now_s - self._estimated_s >= limits.interval_ms / 1e3 - CLOCK_TOLERANCE_S
+
+    def _lost_time(self, one: load.PassLoad) -> bool:
+        """Whether a lever acted in a pass that it made clearly longer, as far as is known."""
+        lever = one.record.used_lever
+        if lever is Lever.NONE or self._cost.ms_per_row <= 0.0:
+            return False
+        spared_ms = self._cost.ms_per_row * (one.slowest_rows - one.slowest_rows_run)
+        spared_ms -= self._copy_cost.layer_ms * one.num_copy_layers
+        own_ms = self._own.extra_ms(lever, {size_of(one.num_tokens): 1})
+        return own_ms - max(spared_ms, 0.0) > forecast.LOSING_SHARE * one.record.step_ms
 
     def _watch(self, records: Iterable[StepRecord]) -> None:
         num_passes = self._config.controller.window_passes
         self._capacity = policy_of(self._config, Lever.NONE, epoch=0, reason="")
         downgrade = policy_of(self._config, Lever.DOWNGRADE, epoch=0, reason="")
         self._downgrade = downgrade if self._config.downgrade.slots else None
+        replicate = policy_of(self._config, Lever.REPLICATE, epoch=0, reason="")
+        num_slots = self._config.replicate.slots
+        self._copies = CopyRule(policy=replicate, num_slots=num_slots) if num_slots else None
         self._loads: deque[load.PassLoad] = deque(maxlen=num_passes)
         self._projections: deque[tuple[Projection, ...]] = deque(maxlen=num_passes)
         for record in records:
@@ -160,7 +182,7 @@ class Controller:
 
     def _projected(self, one: load.PassLoad) -> tuple[Projection, ...]:
         return forecast.project(
-            one, self._topology, self._capacity, self._downgrade, self._low_cost
+            one, self._topology, self._capacity, self._downgrade, self._low_cost, self._copies
         )
 
     def _board_under(self, config: Config) -> Scoreboard | None:
@@ -168,7 +190,8 @@ class Controller:
         if not board or not config.verdict.enabled:
             return _board_for(config)
         before = self._config
-        if (config.capacity, config.downgrade) != (before.capacity, before.downgrade):
+        rules = (config.capacity, config.downgrade, config.replicate)
+        if rules != (before.capacity, before.downgrade, before.replicate):
             board = board.cleared()  # its samples were forecast under other rules
         board.resize(config.verdict.window_passes)
         return board
@@ -178,12 +201,13 @@ class Controller:
         now_s = observation.now_s
         board.see(observation.record, entered=entered)
         if self._estimated_s == now_s:  # just forecast
-            forecasts = partial(self._forecasts, cost_model=self._cost, own=OwnTime())
+            forecasts = partial(self._forecasts, cost_model=self._cost, own=OwnTimes())
             board.sample(
                 self._loads,
                 self._projections,
                 cost=self._cost,
                 times=self._times,
+                steps_of=self._steps,
                 forecast=forecasts,
                 now_s=now_s,
             )
@@ -194,7 +218,7 @@ class Controller:
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
         self._cost = model = cost.fit(loads, self._cost)
-        times = self._times = cost.step_times(loads, model)
+        times = self._times = self._steps(loads)
         return LoadEstimate(
             num_passes=len(loads),
             confidence=load.confidence(loads),
@@ -205,9 +229,17 @@ class Controller:
             spent_mass_share=self._quality.spent_share,
             spent_low_share=self._quality.low_share,
             forecasts=self._forecasts(
-                loads, self._projections, times, cost_model=model, own=self._own
+                loads,
+                self._projections,
+                times,
+                cost_model=model,
+                own=self._own,
+                num_newest=NUM_NEWEST,
             ),
         )
+
+    def _steps(self, loads: Sequence[load.PassLoad]) -> cost.StepTimes:
+        return cost.step_times(loads, self._cost, copy_layer_ms=self._copy_cost.layer_ms)
 
     def _forecasts(
         self,
@@ -216,7 +248,8 @@ class Controller:
         times: cost.StepTimes,
         *,
         cost_model: cost.CostModel,
-        own: OwnTime,
+        own: OwnTimes,
+        num_newest: int = 0,
     ) -> tuple[LeverForecast, ...]:
         return forecast.forecast(
             loads,
@@ -226,6 +259,8 @@ class Controller:
             loss=self._loss,
             own=own,
             capacity=self._capacity,
+            copy_layer_ms=self._copy_cost.layer_ms,
+            num_newest=num_newest,
         )
 
     def _decided(self) -> Decision:
@@ -239,6 +274,8 @@ class Controller:
     def _next_policy(self) -> Policy:
         # without a new configuration, the lever and the reason are all that can change
         changed = self._decision.lever != self._policy.lever
+        if changed:
+            self._num_losing = 0
         return self._policy_for(self._policy.epoch + int(changed))
 
 

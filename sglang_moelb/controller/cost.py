@@ -56,8 +56,9 @@ UNMEASURED = CostModel(fixed_ms=0.0, ms_per_row=0.0)
 def fit(loads: Sequence[PassLoad], before: CostModel = UNMEASURED) -> CostModel:
     """Fit the cost of this rank's experts to the window, oldest pass first.
 
-    Layers in which any row ran at low precision are left out; where no other is left, what was
-    fitted `before` still holds.
+    Layers in which any row ran at low precision are left out, and those to which this rank had
+    experts copied; where no other is left, what was fitted `before` still holds, and if there is
+    nothing before, layers with copies are better than none.
     Times that are not finite, 0 or outliers are ignored (`usable_times`). Where all samples have
     about the same rows, or the slope would not be positive, all time is put on the rows; where the
     fixed part would be negative, it is 0. Runs on the host. Ours.
@@ -69,6 +70,9 @@ def fit(loads: Sequence[PassLoad], before: CostModel = UNMEASURED) -> CostModel:
     ms_N = np.concatenate([load.record.experts_ms_L for load in recent])
     usable_N = usable_times(ms_N, rows_N)
     usable_N &= ~np.concatenate([load.my_low_L for load in recent])
+    plain_N = usable_N & ~np.concatenate([load.my_copied_L for load in recent])
+    if plain_N.any() or before.ms_per_row > 0.0:
+        usable_N = plain_N
     if not usable_N.any():
         return before
     weight_N = _weights(len(recent), len(rows_N) // len(recent))
@@ -77,8 +81,12 @@ def fit(loads: Sequence[PassLoad], before: CostModel = UNMEASURED) -> CostModel:
     return _solve(rows_N, ms_N, weight_N / weight_N.sum())
 
 
-def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
+def step_times(
+    loads: Sequence[PassLoad], cost: CostModel, *, copy_layer_ms: float = 0.0
+) -> StepTimes:
     """Measured steps, with the time that a lever saved in them put back and its own taken out.
+
+    A layer in which experts were copied took `copy_layer_ms` more for that.
 
     So a lever that works does not make its own reason disappear. Passes whose step time is not
     finite, 0 or an outlier for its tokens are left out. Runs on the host. Ours.
@@ -91,7 +99,9 @@ def step_times(loads: Sequence[PassLoad], cost: CostModel) -> StepTimes:
     num_layers = len(loads[0].balance_L) * int(np.count_nonzero(timed_P)) if loads else 0
     before_rows, run_rows = int(before_P[timed_P].sum()), int(run_P[timed_P].sum())
     moe_ms = cost.fixed_ms * num_layers + cost.ms_per_row * before_rows
+    copies_P = np.array([load.num_copy_layers for load in loads], dtype=np.int64)
     base_ms = float(ms_P[timed_P].sum()) + cost.ms_per_row * (before_rows - run_rows)
+    base_ms -= copy_layer_ms * int(copies_P[timed_P].sum())
     return StepTimes(base_ms=max(base_ms, moe_ms), moe_ms=moe_ms, timed_P=timed_P)
 
 

@@ -1,8 +1,9 @@
 """LoadEstimate -> Decision: is it worth it, which lever, and why or why not.
 
 `none` is a lever like the others and wins unless another one earns its place. In order: the quality
-budgets, whether anything is known, gain, quality, exact levers before lossy ones, and dwell
-(`min_dwell_passes` between changes). To stay, a lever must save `min_gain`; to start or replace
+budgets, whether anything is known, gain, quality, exact levers before lossy ones (unless the lossy
+one makes steps shorter by more than `switch_margin` beyond), and dwell (`min_dwell_passes` between
+changes). To stay, a lever must save `min_gain`; to start or replace
 another, `switch_margin` more, of a gain that counts only as far as the estimate is trusted: loads
 that come and go lower the confidence, so the two thresholds move apart where noise would flap.
 """
@@ -19,11 +20,17 @@ from sglang_moelb.controller.reasons import RESUME_SHARE
 from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
 from sglang_moelb.words import LEVERS
 
-# The lowest tier with a lever that pays is chosen from: exact levers are 0, lossy ones 1.
-TIER = {Lever.REPLICATE: 0, Lever.EXPAND: 1, Lever.DROP: 1, Lever.DOWNGRADE: 1}
+EXACT, LOSSY = 0, 1  # see `suffices`
+TIER = {
+    Lever.REPLICATE: EXACT,
+    Lever.EXPAND: LOSSY,
+    Lever.DROP: LOSSY,
+    Lever.DOWNGRADE: LOSSY,
+}
 # Of the confidence that a full window of equal passes gives: to start a lever, and to keep it.
 START_CONFIDENCE = 0.5
 KEEP_CONFIDENCE = 0.4
+LEAVE_LOSSY = 0.5  # of switch_margin, within which an exact lever takes over from a lossy one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +94,11 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     bound = _bound(estimate)
     paying = [f for f in opened if _pays(f, bound, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
-    best = _best(allowed, config)
-    if current and best and current in allowed and not _outdoes(best, current, estimate, config):
+    best = _best(allowed, bound, config, current)
+    if (
+        current and best and current in allowed
+        and not _outdoes(best, current, bound, estimate, config)
+    ):  # fmt: skip
         return _take(current, f"keeping {reasons.name(current.lever)}: {reasons.gains(current)}")
     to_lever = best.lever if best else Lever.NONE
     wait = config.controller.min_dwell_passes - standing.dwell_passes
@@ -96,6 +106,9 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
         hold = f"holding {reasons.name(standing.lever)} for {wait} more passes (min_dwell_passes)"
         reason = f"{hold} before a change to {reasons.name(to_lever)}"
         return _take(current, reason) if current else _none(reason)
+    if current and TIER[current.lever] == EXACT and current.gain < 0.0:
+        # Not at once to a lossy one: what makes this one slow may hold for that too.
+        return _none(reasons.loses_time(current))
     if best:
         return _take(best, reasons.gains(best))
     if paying:
@@ -188,26 +201,60 @@ def _affordable(forecast: LeverForecast, config: Config, standing: Standing) -> 
     return _spends(forecast) <= share * budget
 
 
-def _best(forecasts: Sequence[LeverForecast], config: Config) -> LeverForecast | None:
-    """Of the lowest tier: the one that loses least among those within a margin of the top gain."""
-    if not forecasts:
-        return None
-    tier = min(TIER[f.lever] for f in forecasts)
-    rivals = [f for f in forecasts if TIER[f.lever] == tier]
-    top = max(f.gain for f in rivals) - config.controller.switch_margin
+def suffices(exact_gain: float, lossy_gain: float, margin: float) -> bool:
+    """Whether a lossy lever would make a step at most the share `margin` shorter than an exact one.
+
+    Then it is not worth what it loses. Runs on the host. Ours.
+    """
+    return lossy_gain - exact_gain <= margin * (1.0 - lossy_gain)
+
+
+def _best(
+    forecasts: Sequence[LeverForecast],
+    bound: float,
+    config: Config,
+    current: LeverForecast | None,
+) -> LeverForecast | None:
+    """The exact lever of most gain if it suffices, else the best lossy one.
+
+    A lossy lever that is on is left for an exact one only well inside the margin, so that a gain at
+    its edge does not flap.
+    """
+    margin = config.controller.switch_margin
+    exacts = [f for f in forecasts if TIER[f.lever] == EXACT]
+    exact = max(exacts, key=lambda f: f.gain, default=None)
+    lossy = _least_lossy([f for f in forecasts if TIER[f.lever] == LOSSY], margin)
+    if not exact or not lossy:
+        return exact or lossy
+    if current and TIER[current.lever] == LOSSY:
+        margin *= LEAVE_LOSSY
+    return exact if suffices(exact.gain, min(lossy.gain, bound), margin) else lossy
+
+
+def _least_lossy(forecasts: Sequence[LeverForecast], margin: float) -> LeverForecast | None:
+    """The one that loses least among those within a margin of the top gain."""
+    top = max((f.gain for f in forecasts), default=0.0) - margin
     return min(
-        (f for f in rivals if f.gain >= top),
+        (f for f in forecasts if f.gain >= top),
         key=lambda f: (f.lost_mass_share, f.low_share, -f.gain),
+        default=None,
     )
 
 
 def _outdoes(
-    best: LeverForecast, current: LeverForecast, estimate: LoadEstimate, config: Config
+    best: LeverForecast,
+    current: LeverForecast,
+    bound: float,
+    estimate: LoadEstimate,
+    config: Config,
 ) -> bool:
-    if TIER[best.lever] != TIER[current.lever]:
+    """Whether to change over to `best`, on which `_best` settled."""
+    margin = config.controller.switch_margin
+    if TIER[best.lever] < TIER[current.lever]:
         return True
-    more = (best.gain - current.gain) * estimate.confidence
-    return more > config.controller.switch_margin
+    if TIER[best.lever] > TIER[current.lever]:
+        return not suffices(current.gain, min(best.gain, bound), margin / estimate.confidence)
+    return (best.gain - current.gain) * estimate.confidence > margin
 
 
 def _find(forecasts: Sequence[LeverForecast], lever: Lever) -> LeverForecast | None:

@@ -16,6 +16,7 @@ V levers, P passes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy as np
 from sglang_moelb.controller.cost import CostModel, StepTimes
 from sglang_moelb.controller.load import UNLEARNT, PassLoad, balance_of
 from sglang_moelb.controller.low_cost import LowCost
-from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.controller.own_time import OwnTimes, size_of
 from sglang_moelb.controller.plan import (
     AMOUNT_ONE,
     capacity_rows,
@@ -32,6 +33,7 @@ from sglang_moelb.controller.plan import (
     macs_capacity,
 )
 from sglang_moelb.controller.project_downgrade import Projection, downgraded
+from sglang_moelb.controller.project_replicate import CopyRule, replicated
 from sglang_moelb.controller.quality import LossModel
 from sglang_moelb.types import (
     IntArray,
@@ -47,6 +49,7 @@ from sglang_moelb.types import (
 FORECAST_LEVERS = (Lever.EXPAND, Lever.DROP)
 MACS_AMOUNTS_M = np.array([AMOUNT_ONE, AMOUNT_ONE // 2], dtype=np.int64)
 TEXT, VISION = 0, 1
+LOSING_SHARE = 0.05  # of a step
 
 def project(
     load: PassLoad,
@@ -54,12 +57,14 @@ def project(
     capacity: Policy,
     downgrade: Policy | None = None,
     low_cost: LowCost = UNLEARNT,
+    copies: CopyRule | None = None,
 ) -> tuple[Projection, ...]:
     """Projections of all levers onto one pass, in the order of FORECAST_LEVERS.
 
-    `capacity` gives the capacity knobs of drop and expand, `downgrade` those of downgrade, which
-    is left out without them and else comes last. Runs on the host. Source: Capacity-Aware
-    Inference 4.1, MACS, ReaLB; estimates as in the module docstring are ours.
+    `capacity` gives the capacity knobs of drop and expand, `downgrade` those of downgrade and
+    `copies` those of replicate, which are left out without them and else come last. Runs on the
+    host. Source: Capacity-Aware Inference 4.1, MACS, ReaLB; estimates as in the module docstring
+    are ours.
     """
     base_L = _base_capacities(load, topology, capacity)
     if capacity.rule == Rule.PLAIN:
@@ -78,9 +83,11 @@ def project(
     num_rows = int(load.rows_L.sum())
     dropped_share = (num_rows - int(drop_LR.sum())) / max(num_rows, 1)
     projections = _projections(np.array([expand_LR, drop_LR]), dropped_share)
-    if downgrade is None:
-        return projections
-    return (*projections, downgraded(load, topology, downgrade, low_cost))
+    if downgrade is not None:
+        projections = (*projections, downgraded(load, topology, downgrade, low_cost))
+    if copies is not None:
+        projections = (*projections, replicated(load, topology, copies))
+    return projections
 
 
 def forecast(
@@ -90,22 +97,41 @@ def forecast(
     cost: CostModel,
     times: StepTimes,
     loss: LossModel,
-    own: OwnTime,
+    own: OwnTimes,
     capacity: Policy,
+    copy_layer_ms: float = 0.0,
+    num_newest: int = 0,
 ) -> tuple[LeverForecast, ...]:
     """Forecasts of all levers over the window; `projections` are those of `loads`, in order.
 
-    The gain is the time saved in the experts of the slowest rank less what the lever itself takes,
-    as a share of the timed steps without a lever; it is negative where expansion would add more
-    than it spares, and where passes are so short that the lever takes more. The lost mass
-    share is the dropped share times the mass of a dropped row. Runs on the host. Ours.
+    The gain is the time saved in the experts of the slowest rank less what the lever itself takes
+    and what copies of experts do not hide, `copy_layer_ms` a layer with copies, as a share of the
+    timed steps without a lever; it is negative where expansion would add more than it spares, and
+    where passes are so short that the lever takes more. Where it would have taken LOSING_SHARE of
+    the `num_newest` passes beyond what it saved, the gain is as if all were like those: passes that
+    have become short need not wait for the window to forget the long ones. The lost mass share is
+    the dropped share times the mass of a dropped row. Runs on the host. Ours.
     """
     if not loads:
         return ()
-    by_lever = list(zip(*projections, strict=True))
-    return tuple(
-        _forecast_one(loads, list(ps), cost, times, loss, own, capacity) for ps in by_lever
+    timed = [at for at, is_timed in enumerate(times.timed_P.tolist()) if is_timed]
+    newest = timed[-num_newest:] if num_newest else []
+    newest_ms = math.fsum([loads[at].record.step_ms for at in newest])
+    sizes, newest_sizes = (
+        Counter([size_of(loads[at].num_tokens) for at in chosen]) for chosen in (timed, newest)
     )
+    before_P = [load.slowest_rows for load in loads]
+    forecasts = []
+    for of_lever in zip(*projections, strict=True):
+        lever = of_lever[0].lever
+        spared_ms, exposed_ms = _spared_and_exposed(timed, before_P, of_lever, cost, copy_layer_ms)
+        saved_ms = spared_ms - exposed_ms - own.extra_ms(lever, sizes)
+        spared_ms, exposed_ms = _spared_and_exposed(newest, before_P, of_lever, cost, copy_layer_ms)
+        lost_ms = own.extra_ms(lever, newest_sizes) + exposed_ms - max(spared_ms, 0.0)
+        if lost_ms > LOSING_SHARE * newest_ms:
+            saved_ms = min(saved_ms, -lost_ms * len(timed) / len(newest))
+        forecasts.append(_forecast_one(of_lever, saved_ms, times, loss, capacity))
+    return tuple(forecasts)
 
 
 def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, ...]:
@@ -127,23 +153,27 @@ def _projections(left_VLR: IntArray, dropped_share: float) -> tuple[Projection, 
     )
 
 
-def _forecast_one(
-    loads: Sequence[PassLoad],
-    projections: Sequence[Projection],
+def _spared_and_exposed(
+    chosen: Sequence[int],
+    before_P: Sequence[int],
+    left_P: Sequence[Projection],
     cost: CostModel,
+    copy_layer_ms: float,
+) -> tuple[float, float]:
+    """What a lever spares in the experts of the passes `chosen`, and what its copies add there."""
+    spared_rows = sum([before_P[at] - left_P[at].slowest_rows for at in chosen])
+    num_copy_layers = sum([left_P[at].num_copy_layers for at in chosen])
+    return cost.ms_per_row * spared_rows, copy_layer_ms * num_copy_layers
+
+
+def _forecast_one(
+    projections: Sequence[Projection],
+    saved_ms: float,
     times: StepTimes,
     loss: LossModel,
-    own: OwnTime,
     capacity: Policy,
 ) -> LeverForecast:
     lever = projections[0].lever
-    timed_P = times.timed_P.tolist()
-    spared_rows = sum(
-        load.slowest_rows - projection.slowest_rows
-        for load, projection, timed in zip(loads, projections, timed_P, strict=True)
-        if timed
-    )
-    saved_ms = cost.ms_per_row * spared_rows - own.extra_ms(lever) * sum(timed_P)
     dropped_share = math.fsum([p.dropped_share for p in projections]) / len(projections)
     return LeverForecast(
         lever=lever,

@@ -36,7 +36,8 @@ class PassLoad:
     `num_tokens`, `num_protected_tokens` and `rows_L` are over all ranks; `slowest_rows` the rows
     of the fullest rank, added up over layers, before any lever, and `slowest_rows_run` after the
     one that acted, where rows at low precision count for what they cost; `my_rows_L` what this
-    rank's experts received, `my_low_L` where any of it ran at low precision. `mean_balance` is over
+    rank's experts received, `my_low_L` where any of it ran at low precision, `my_copied_L` where
+    experts were copied to it; `num_copy_layers` had copies on any rank. `mean_balance` is over
     layers.
     """
 
@@ -45,12 +46,14 @@ class PassLoad:
     rows_L: IntArray
     my_rows_L: FloatArray
     my_low_L: BoolArray
+    my_copied_L: BoolArray
     balance_L: FloatArray
     mean_balance: float
     num_tokens: int
     num_protected_tokens: int
     slowest_rows: int
     slowest_rows_run: int
+    num_copy_layers: int
 
 
 def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
@@ -74,6 +77,7 @@ def load_of(
     balance_L = balance_of(max_L, rows_L, topology.num_ranks)
     run_LR = record.rows_after_LR.astype(np.float64)
     low_LR = np.zeros_like(rows_LR) if record.low_rows_LR is None else record.low_rows_LR
+    copies_LR = np.zeros_like(rows_LR) if record.num_copies_LR is None else record.num_copies_LR
     if low_LR.any():
         run_LR = low_cost.effective(record.rows_after_LR, low_LR, topology)
     return PassLoad(
@@ -82,12 +86,14 @@ def load_of(
         rows_L=rows_L,
         my_rows_L=record.rows_after_LR[:, record.rank].astype(np.float64),
         my_low_L=low_LR[:, record.rank] > 0,
+        my_copied_L=copies_LR[:, record.rank] > 0,
         balance_L=balance_L,
         mean_balance=float(balance_L.sum()) / topology.num_layers,
         num_tokens=_total(record.num_tokens_R),
         num_protected_tokens=_total(record.num_protected_tokens_R),
         slowest_rows=int(max_L.sum()),
         slowest_rows_run=int(run_LR.max(axis=1).sum()),
+        num_copy_layers=int(np.count_nonzero(copies_LR.any(axis=1))),
     )
 
 

@@ -67,9 +67,18 @@ def gains(forecast: LeverForecast) -> str:
             f"{name(forecast.lever)} saves {percent(forecast.gain)} of a step "
             f"and computes {percent(forecast.low_share)} of rows at low precision"
         )
+    if forecast.lever is Lever.REPLICATE:
+        return f"{name(forecast.lever)} saves {percent(forecast.gain)} of a step and is exact"
     return (
         f"{name(forecast.lever)} saves {percent(forecast.gain)} of a step "
         f"and loses {percent(forecast.lost_mass_share)} of gate mass"
+    )
+
+
+def loses_time(forecast: LeverForecast) -> str:
+    """Why an exact lever is stopped. Runs on the host. Ours."""
+    return (
+        f"{name(forecast.lever)} takes more time than it saves: {percent(-forecast.gain)} of a step"
     )
 
 

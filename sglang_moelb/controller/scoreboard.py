@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_moelb.controller.cost import CostModel, StepTimes, step_times
+from sglang_moelb.controller.cost import CostModel, StepTimes
 from sglang_moelb.controller.load import PassLoad, usable_times
 from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.types import Lever, LeverForecast, StepRecord
@@ -115,6 +115,7 @@ class Scoreboard:
         *,
         cost: CostModel,
         times: StepTimes,
+        steps_of: Callable[[Sequence[PassLoad]], StepTimes],
         forecast: Forecast,
         now_s: float,
     ) -> None:
@@ -125,6 +126,7 @@ class Scoreboard:
             projections: those of `loads`.
             cost: what rows cost, fitted to `loads`; nothing is sampled while it is not known.
             times: the steps of `loads`.
+            steps_of: the steps of any passes, as those were made.
             forecast: forecasts all levers over given passes, their own time left out.
             now_s: the time.
         """
@@ -136,7 +138,7 @@ class Scoreboard:
         if not at_P:
             return
         chosen = [loads[at] for at in at_P]
-        steps = step_times(chosen, cost)
+        steps = steps_of(chosen)
         if steps.base_ms <= 0.0:
             return
         forecasts = forecast(chosen, [projections[at] for at in at_P], steps)

@@ -20,7 +20,7 @@ import numpy as np
 from sglang_moelb.config import Config
 from sglang_moelb.controller import reasons
 from sglang_moelb.controller.batch_means import MIN_SAMPLES, share_of
-from sglang_moelb.controller.decide import TIER
+from sglang_moelb.controller.decide import EXACT, LOSSY, TIER, suffices
 from sglang_moelb.controller.reasons import RESUME_SHARE
 from sglang_moelb.controller.scoreboard import Sample, Scoreboard
 from sglang_moelb.types import Lever, LeverScore, LoadEstimate, Verdict
@@ -61,6 +61,8 @@ class AssumedCost:
 ASSUMED = {
     Lever.DROP: AssumedCost(fixed_ms=0.06, per_none=1.45),
     Lever.EXPAND: AssumedCost(fixed_ms=0.43, per_none=1.45),
+    # 0.15 ms a layer were exposed on two H100 at 16,384 tokens a rank, copies included.
+    Lever.REPLICATE: AssumedCost(fixed_ms=0.09, per_none=1.45),
 }
 ASSUMED_OTHERS = ASSUMED[Lever.EXPAND]
 ASSUMED_NONE_MS = 0.61  # the worse of the two, where this too is not measured yet
@@ -170,15 +172,22 @@ def _best(
         for one in scores
         if one.gain_low > limits.min_gain and _affordable(one, estimate, config)
     ]
-    if not allowed:
-        return None
-    tier = min(TIER[one.lever] for one in allowed)
-    rivals = [one for one in allowed if TIER[one.lever] == tier]
-    top = max(one.gain for one in rivals) - limits.switch_margin
-    return min(
-        (one for one in rivals if one.gain >= top),
+    margin = limits.switch_margin
+    lossies = [one for one in allowed if TIER[one.lever] == LOSSY]
+    exact = max((one for one in allowed if TIER[one.lever] == EXACT), key=_gain, default=None)
+    top = max(map(_gain, lossies), default=0.0) - margin
+    lossy = min(
+        (one for one in lossies if one.gain >= top),
         key=lambda one: (one.lost_mass_share, one.low_share, -one.gain),
+        default=None,
     )
+    if not exact or not lossy:
+        return exact or lossy
+    return exact if suffices(exact.gain, lossy.gain, margin) else lossy
+
+
+def _gain(score: LeverScore) -> float:
+    return score.gain
 
 
 def _affordable(score: LeverScore, estimate: LoadEstimate, config: Config) -> bool:
@@ -250,7 +259,7 @@ def _text(lever: Lever, reason: str, config: Config, *, known: bool) -> str:
 
 
 def _gains(score: LeverScore) -> str:
-    costs = ["costs no gate mass"]
+    costs = ["exact"] if score.lever is Lever.REPLICATE else ["costs no gate mass"]
     if score.lost_mass_share > 0.0:
         costs = [f"costs {reasons.percent(score.lost_mass_share)} of gate mass"]
     if score.low_share > 0.0:

@@ -133,7 +133,7 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             "--deepep-mode auto",
             given("deepep_mode") == "auto"
             and given("disaggregation_mode") != "decode"
-            and not (given("disable_cuda_graph") or given("disable_prefill_cuda_graph")),
+            and _captures_prefill(args),
             "SGLang then captures prefill in CUDA graphs, which levers cannot act in; use "
             "--deepep-mode normal, or add --disable-prefill-cuda-graph",
         ),
@@ -168,6 +168,20 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             "/moelb/status needs one tokenizer worker; leave the flag out",
         ),
     ]
+
+
+def _captures_prefill(args: argparse.Namespace) -> bool:
+    """Whether SGLang captures prefill in CUDA graphs in DeepEP's mode auto.
+
+    A named backend wins over the flags that switch graphs off.
+    """
+    backend = getattr(args, "cuda_graph_backend_prefill", None)
+    if backend is not None:
+        return str(getattr(backend, "value", backend)) != "disabled"
+    return not (
+        getattr(args, "disable_cuda_graph", False)
+        or getattr(args, "disable_prefill_cuda_graph", False)
+    )
 
 
 def _install_hooks(form: Form | None, names: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -138,6 +139,7 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         num_ranks=parallel.moe_ep_size,
         topk=experts[0].top_k,
     )
+    _refuse_unseamed(experts)
     form = seams.form_of(install.verified_findings())
     assert form is not None
     return Seat(
@@ -155,6 +157,21 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         scoring=scoring,
         form=form,
     )
+
+
+def _refuse_unseamed(experts: Sequence[Any]) -> None:
+    """End the process where SGLang's DeepEP layer computes experts past the seam of levers.
+
+    It does so for W4AFp8 and others that it has not moved to its runners; the first prefill would
+    end the process else.
+    """
+    past = [one for one in experts if not getattr(one, "deprecate_flag", True)]
+    if past:
+        _refuse(
+            f"experts of {type(past[0].quant_method).__name__}",
+            "SGLang's DeepEP layer computes them by itself, not through a runner; use a bfloat16 "
+            "or fp8 checkpoint with --moe-runner-backend deep_gemm",
+        )
 
 
 def _routers(model: torch.nn.Module) -> dict[int, Any]:

@@ -5,16 +5,17 @@ Shape letters: P passes, L MoE layers, R EP ranks, S source ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.controller.quality import DROP_PRIOR, LEVER_PRIOR
-from sglang_moelb.hot_config import without_slots
+from sglang_moelb.hot_config import wants_replicas, without_replicas, without_slots
 from sglang_moelb.replay.cost import Machine
 from sglang_moelb.replay.lossy import capacity
+from sglang_moelb.replay.replicas import replicate
 from sglang_moelb.replay.types import Counts, Outcome, ReplayError
 from sglang_moelb.trace.reader import Trace
 from sglang_moelb.trace.types import ConfigChange
@@ -78,7 +79,8 @@ class Auto:
 
     A rule with a memory: passes must come in order. Times come from the machine, lost mass from the
     controller's own prior of a dropped row's mass. Without the lever downgrade, whose times a
-    machine cannot tell. Raises `ReplayError` under rule `macs`.
+    machine cannot tell, and with replicate where the server would have memory for it; copies are
+    taken to be hidden. Raises `ReplayError` under rule `macs`.
     """
 
     def __init__(self, config: Config, topology: Topology, machine: Machine) -> None:
@@ -89,7 +91,10 @@ class Auto:
                 "arm auto: capacity.rule 'macs' needs entropies of tokens, which a trace lacks. "
                 "Replay it with rule 'plain' (--config), and see arm macs."
             )
-        self._controller = Controller(without_slots(config), topology)
+        config = without_slots(config)
+        config = config if wants_replicas(config) else without_replicas(config)
+        self._controller = Controller(config, topology)
+        self._num_slots = config.replicate.slots
         self._topology, self._machine = topology, machine
         self._step, self._now_s = 0, 0.0
 
@@ -110,6 +115,11 @@ class Auto:
         lever = Lever.NONE if gate_reason else policy.lever
         if lever is Lever.NONE:
             outcome = Outcome(rows_PLR=counts.rows_PLR, levers_P=np.zeros(1, dtype=np.int64))
+        elif lever is Lever.REPLICATE:
+            outcome = replace(
+                replicate(counts, min_rows=policy.min_copy_rows, num_slots=self._num_slots),
+                levers_P=np.full(1, lever, dtype=np.int64),
+            )
         else:
             outcome = capacity(
                 counts, lever=lever, factor=policy.capacity_factor, level=policy.level

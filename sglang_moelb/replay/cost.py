@@ -29,11 +29,13 @@ from sglang_moelb.types import FloatArray, IntArray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Constants of the cost model, in milliseconds; `own_ms` is a layer's own time by lever.
+    """Constants of the cost model, in milliseconds; `own_ms` is a layer's own time by `Lever`.
 
     The defaults are 4 H100 of one host, experts of Qwen3-30B-A3B (2048 x 768) in bf16: `fit` of
     benchmarks/results/prefill_h100x4_20261122_18fd9dd.jsonl. They hold where the device is the
-    bottleneck; at 1,024 tokens a rank that server waited for its host.
+    bottleneck; at 1,024 tokens a rank that server waited for its host. Of replicate it is what was
+    exposed on two H100 of one host, copies included; of downgrade, which was not told apart there,
+    drop's.
     """
 
     fixed_ms: float = 0.1572
@@ -41,7 +43,7 @@ class Machine:
     exchange_ms_per_token: float = 1.9927e-4
     rest_ms_per_token: float = 2.6269e-4
     low_speedup: float = 1.6
-    own_ms: tuple[float, float, float] = (0.003, 0.49, 0.118)
+    own_ms: tuple[float, float, float, float, float] = (0.003, 0.49, 0.118, 0.118, 0.15)
 
     def effective_rows(self, outcome: Outcome) -> FloatArray:
         """Rows as the time they take at full precision, float64 [P, L, R]."""

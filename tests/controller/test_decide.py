@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sglang_moelb.config import Config, merge
-from sglang_moelb.controller import decide as decide_module
 from sglang_moelb.controller.decide import Standing, decide
 from sglang_moelb.types import Decision, Lever, LeverForecast, LoadEstimate
 
@@ -22,9 +21,10 @@ def estimate(
     *,
     drop: tuple[float, float] = (0.0, 0.0),
     expand: tuple[float, float] = (0.0, 0.0),
+    replicate: float | None = None,
     **known: Any,
 ) -> LoadEstimate:
-    """An estimate in which a lever has (gain, lost mass share)."""
+    """An estimate in which a lever has (gain, lost mass share), and the exact one a gain."""
     base = LoadEstimate(
         num_passes=32,
         confidence=0.9,
@@ -38,6 +38,11 @@ def estimate(
             for lever, (gain, lost) in ((Lever.EXPAND, expand), (Lever.DROP, drop))
         ),
     )
+    if replicate is not None:
+        exact = LeverForecast(
+            lever=Lever.REPLICATE, balance=1.0, gain=replicate, lost_mass_share=0.0
+        )
+        base = replace(base, forecasts=(*base.forecasts, exact))
     return replace(base, **known)
 
 
@@ -104,13 +109,40 @@ def test_of_levers_that_gain_about_the_same_the_one_that_loses_less_starts() -> 
     assert decided(estimate(drop=(0.115, 0.010), expand=(0.10, 0.005))).lever == Lever.DROP
 
 
-def test_an_exact_lever_that_pays_goes_before_a_lossy_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = estimate(drop=(0.2, 0.01), expand=(0.05, 0.0))
-    assert decided(seen).lever == Lever.DROP
-    monkeypatch.setitem(decide_module.TIER, Lever.EXPAND, 0)
-    assert decided(seen).lever == Lever.EXPAND
-    assert decided(seen, holding(Lever.DROP)).lever == Lever.EXPAND
-    assert decided(estimate(drop=(0.2, 0.01), expand=(0.01, 0.0))).lever == Lever.DROP
+@pytest.mark.parametrize("lever", [Lever.NONE, Lever.DROP, Lever.REPLICATE])
+def test_an_exact_lever_that_suffices_goes_before_a_lossy_one(lever: Lever) -> None:
+    seen = estimate(drop=(0.2, 0.01), replicate=0.197)
+    assert decided(seen, holding(lever)).lever == Lever.REPLICATE
+    assert decided(seen, holding(lever)).expected_lost_mass_share == 0.0
+
+
+@pytest.mark.parametrize("lever", [Lever.NONE, Lever.DROP, Lever.REPLICATE])
+def test_a_lossy_lever_is_for_what_an_exact_one_leaves(lever: Lever) -> None:
+    for replicate in (0.05, 0.01):
+        assert decided(estimate(drop=(0.2, 0.01), replicate=replicate)).lever == Lever.DROP
+    assert decided(estimate(drop=(0.2, 0.03), replicate=0.05)).lever == Lever.REPLICATE
+
+
+def test_at_the_edge_of_sufficing_what_is_on_stays_on() -> None:
+    edge = estimate(drop=(0.2, 0.01), replicate=0.194)  # drop makes steps 0.75 % shorter
+    for lever in (Lever.DROP, Lever.REPLICATE):
+        assert decided(edge, holding(lever)).lever == lever
+    assert decided(edge).lever == Lever.REPLICATE
+
+
+def test_what_a_lossy_lever_saves_beyond_balance_does_not_outdo_an_exact_one() -> None:
+    balanced = estimate(drop=(0.5, 0.01), replicate=0.295)  # balance can bring 0.3
+    assert decided(balanced).lever == Lever.REPLICATE
+
+
+def test_an_exact_lever_needs_no_budget() -> None:
+    settings = config(quality_budget=0.0, downgrade_budget=0.0)
+    assert decided(estimate(replicate=0.1), settings=settings).lever == Lever.REPLICATE
+    spent = estimate(drop=(0.2, 0.01), replicate=0.1, spent_mass_share=0.1)
+    decision = decided(spent, Standing(lever=Lever.DROP, budget_spent=True))
+    assert decision.lever == Lever.NONE, "the lever whose budget is spent stops first"
+    assert decided(spent, Standing(budget_spent=True)).lever == Lever.REPLICATE
+    assert decided(spent).reason == "replicate saves 10.0 % of a step and is exact"
 
 
 @pytest.mark.parametrize("lever", [Lever.NONE, Lever.DROP])

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_moelb.controller import cost, load
 from sglang_moelb.controller.forecast import Projection, forecast, project
-from sglang_moelb.controller.own_time import OwnTime
+from sglang_moelb.controller.own_time import OwnTime, OwnTimes, size_of
 from sglang_moelb.controller.quality import LossModel
 from sglang_moelb.types import (
     Level,
@@ -25,7 +25,7 @@ from sglang_moelb.types import (
 
 from .world import BALANCED, FIXED_MS, MS_PER_ROW, SKEWED, TOPOLOGY, record
 
-NOTHING_KNOWN = OwnTime()
+NOTHING_KNOWN = OwnTimes()
 ONE_EXPERT = (8000, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -36,7 +36,7 @@ def projected(one: StepRecord, **knobs: Any) -> dict[Lever, Projection]:
 
 
 def forecasts(
-    passes: list[StepRecord], capacity: Policy, own: OwnTime = NOTHING_KNOWN
+    passes: list[StepRecord], capacity: Policy, own: OwnTimes = NOTHING_KNOWN
 ) -> dict[Lever, LeverForecast]:
     loads = [load.load_of(one, TOPOLOGY) for one in passes]
     model = cost.CostModel(fixed_ms=FIXED_MS, ms_per_row=MS_PER_ROW)
@@ -186,7 +186,8 @@ def test_what_a_lever_takes_itself_is_taken_from_its_gain() -> None:
     policy = Policy(epoch=0, capacity_factor=1.25)
     passes = [record(SKEWED)] * 3
     free = forecasts(passes, policy)
-    own = OwnTime(ms=(1.0, 0.0, 3.0))
+    size = size_of(int(passes[0].num_tokens_R.sum()))
+    own = OwnTimes(by_size={size: OwnTime(ms=(1.0, 1.0, 3.0, 0.0, 0.0))})
     paid = forecasts(passes, policy, own)
     assert paid[Lever.EXPAND] == free[Lever.EXPAND]
     expected = free[Lever.DROP].gain - 2.0 / bare_ms(passes[0])

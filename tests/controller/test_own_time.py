@@ -9,7 +9,7 @@ import pytest
 
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
-from sglang_moelb.controller.own_time import RETRY_PASSES, OwnTime
+from sglang_moelb.controller.own_time import RETRY_PASSES, OwnTime, OwnTimes, size_of
 from sglang_moelb.types import Lever, Observation, Policy, StepRecord
 
 from .world import SKEWED, TOPOLOGY, config, record
@@ -29,8 +29,19 @@ def learned(*records: StepRecord) -> OwnTime:
 def test_a_lever_takes_what_its_passes_take_beyond_those_without_one() -> None:
     own = learned(under(Lever.NONE, 0.5), under(Lever.DROP, 3.5))
     assert own.extra_ms(Lever.DROP) == pytest.approx(3.0)
-    assert own.extra_ms(Lever.EXPAND) == 0.0
     assert learned(under(Lever.NONE, 5.0), under(Lever.DROP, 3.5)).extra_ms(Lever.DROP) == 0.0
+
+
+def test_beside_an_exact_lever_that_is_known_an_unknown_one_takes_as_much() -> None:
+    own = learned(under(Lever.NONE, 0.04), under(Lever.REPLICATE, 3.04))
+    assert own.extra_ms(Lever.DROP) == own.extra_ms(Lever.REPLICATE) == pytest.approx(3.0)
+    assert own.updated(under(Lever.DROP, 1.04)).extra_ms(Lever.DROP) == pytest.approx(1.0)
+
+
+def test_passes_of_one_size_say_nothing_of_those_of_another() -> None:
+    own = OwnTimes().updated(under(Lever.DROP, 3.5), 5000).updated(under(Lever.DROP, 9.5), 60_000)
+    sizes = [size_of(num_tokens) for num_tokens in (4097, 60_000, 100)]
+    assert [own.extra_ms(Lever.DROP, {size: 2}) for size in sizes] == [7.0, 19.0, 0.0]
 
 
 @pytest.mark.parametrize("odd_ms", [0.0, -1.0, np.nan, np.inf])

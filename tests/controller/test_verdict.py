@@ -102,6 +102,20 @@ def on_h100(load: h100.Load, mode: str) -> tuple[Verdict, LeverScore]:
     return verdict, score(verdict, Lever[name.upper()])
 
 
+def test_replicate_is_judged_where_there_are_slots_and_recommended_before_a_lossy_lever() -> None:
+    load = next(one for one in LOADS if one.skew == 2.0 and one.tokens_per_rank >= 16384)
+    for num_slots, expected in ((8, Lever.REPLICATE), (0, Lever.NONE)):
+        changes = {"mode": "observe", "replicate": {"slots": num_slots}, "verdict": JUDGING}
+        verdict = after(merge(Config(), changes), h100.passes(load, 60), h100.TOPOLOGY)
+        levers = [one.lever for one in verdict.scores]
+        assert (Lever.REPLICATE in levers) is bool(num_slots)
+        assert verdict.lever is expected, verdict.text
+    generous = {**changes, "replicate": {"slots": 8}, "controller": {"quality_budget": 1.0}}
+    verdict = after(merge(Config(), generous), h100.passes(load, 60), h100.TOPOLOGY)
+    assert verdict.text.startswith("turn on replicate: expected gain ")
+    assert verdict.text.endswith("of prefill time, exact")
+
+
 def test_the_benchmark_has_effects_of_both_signs_to_be_right_about() -> None:
     effects = [load.effect(mode) for load in LOADS for mode in load.levers]
     assert sum(effect > TRUE_EFFECT for effect in effects) >= 8

@@ -37,11 +37,14 @@ MILD = (1050, 1050, 1000, 1000, 950, 950, 1000, 1000)
 
 
 def config(**controller: float) -> Config:
-    """Mode auto, a generous quality budget, no gate on tokens, and the given limits."""
-    limits = {"quality_budget": 0.2, **controller}
-    return merge(
-        Config(), {"mode": "auto", "capacity": {"min_batch_tokens": 0}, "controller": limits}
-    )
+    """Mode auto, a generous quality budget, no gate on tokens, no copies, and the given limits."""
+    tree = {
+        "mode": "auto",
+        "capacity": {"min_batch_tokens": 0},
+        "replicate": {"slots": 0},
+        "controller": {"quality_budget": 0.2, **controller},
+    }
+    return merge(Config(), tree)
 
 
 def in_mode(mode: str, **controller: float) -> Config:

@@ -73,6 +73,7 @@ ORDER = (
     "test_resident.py",
     "test_downgrade.py",
     "test_replicate.py",
+    "test_bit_identity.py::test_room",
     "test_bit_identity.py::test_without_flags",
     "test_exactness.py::test_stock_agrees_with_transformers_alone_and_in_batches[vl",
     "test_bit_identity.py::test_text_with_tensor_parallel_attention_without",

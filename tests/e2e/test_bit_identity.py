@@ -13,6 +13,7 @@ from .talk import (
     IMAGE,
     NO_CACHE,
     OBSERVE,
+    SETTINGS,
     SHORT,
     TEXT,
     TWO_IMAGES,
@@ -23,6 +24,7 @@ from .talk import (
     say,
     status,
 )
+from .test_replicate import FLAGS as REPLICATE_FLAGS
 
 pytestmark = pytest.mark.e2e
 
@@ -49,6 +51,14 @@ def test_a_lever_would_change_the_answers(serve: Serve) -> None:
     change(server, {"mode": "drop", "capacity": {"factor": 0.5}})
     assert say(server, TEXT) != _said["vl-observe"][2]
     assert say(server, IMAGE) != _said["vl-observe"][0]
+
+
+def test_room_for_copies_changes_no_answer_in_observe_and_none(serve: Serve) -> None:
+    server = serve("vl", *REPLICATE_FLAGS)
+    for mode in ("observe", "none"):
+        change(server, {"mode": mode, **SETTINGS})
+        assert say_all(server, "vl") == _said["vl-none"]
+    assert status(server)["totals"]["num_passes_by_lever"]["none"] >= 8
 
 
 def test_without_flags_nothing_is_there_and_the_multimodal_answers_are_the_same(

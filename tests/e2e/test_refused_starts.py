@@ -54,7 +54,7 @@ def test_more_slots_than_deepep_sends_to_are_refused_by_name_and_with_the_most_t
     command += ["--moelb-config", '{"replicate": {"slots": 121}}']
     with (
         pytest.raises(ServerError),
-        serve(command, port=port, log=log, timeout_s=240),
+        serve(command, port=port, log=log, timeout_s=400),
     ):
         pass
     lines = [x for x in log.read_text().splitlines() if x.startswith("sglang_moelb: ")]

@@ -24,8 +24,12 @@ def make_layer(hidden: int = 128, inner: int = 256, num_experts: int = 4) -> Any
     method = object.__new__(unquant.UnquantizedFusedMoEMethod)
     torch.nn.Module.__init__(method)
     method.runner = SimpleNamespace(
-        runner_backend=SimpleNamespace(value="deep_gemm", is_deep_gemm=lambda: True)
-    )
+        runner_backend=SimpleNamespace(value="deep_gemm", is_deep_gemm=lambda: True),
+        config=SimpleNamespace(
+            activation="silu", is_gated=True, swiglu_limit=None, gemm1_alpha=None,
+            apply_router_weight_on_input=False, no_combine=False,
+        ),
+    )  # fmt: skip
     normal = SimpleNamespace(
         use_fp8=False, use_mxfp4=False, use_mxfp8=False, use_nvfp4=False,
         deepep_output_dtype=SimpleNamespace(name="BF16"),
@@ -44,6 +48,15 @@ def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """SGLang's adapters: none."""
     given = SimpleNamespace(enable_lora=False, lora_paths=None)
     monkeypatch.setattr("sglang.srt.runtime_context.get_lora", lambda: given)
+    return given
+
+
+@pytest.fixture(autouse=True)
+def offload(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's weights on the host: none."""
+    given = SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1)
+    exec_ = SimpleNamespace(offload=given)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
     return given
 
 
@@ -101,6 +114,18 @@ def in_decode_role(layers: list[Any]) -> None:
     layers[0].dispatcher._inners = [SimpleNamespace()]
 
 
+def with_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.cpu_offload_gb = 4
+
+
+def with_grouped_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.offload_group_size = 2
+
+
 WRONG = [
     (quantised, ["experts of SimpleNamespace", "on Hopper fp8 is the lowest", "--quantization"]),
     (with_lora, ["--enable-lora", "leave the flag out"]),
@@ -108,6 +133,8 @@ WRONG = [
     (with_sizes, ["(4, 384, 128, 128, 192)", "multiples of 128"]),
     (with_unequal, ["equal in all layers"]),
     (with_dispatch, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
+    (with_offload, ["--cpu-offload-gb", "weights that lie on the host", "leave it out"]),
+    (with_grouped_offload, ["--offload-group-size", "leave it out"]),
     (in_decode_role, ["--deepep-mode low_latency", "acts in prefill only"]),
 ]
 
@@ -142,12 +169,33 @@ def test_other_modes_have_room_only_where_it_is_asked_for(layers: list[Any], mod
     assert lever is not None
 
 
-@pytest.mark.parametrize("name", ["nvfp4-emulated", "mxfp4-emulated"])
-def test_formats_without_kernels_are_refused(layers: list[Any], name: str) -> None:
-    config = merge(DOWNGRADE, {"downgrade": {"format": name}})
-    refusal = refusal_of(config, layers)
+@pytest.mark.parametrize("name", ["fp8", "nvfp4-emulated", "mxfp4-emulated"])
+def test_every_format_starts_and_holds_its_own_bytes(layers: list[Any], name: str) -> None:
+    config = merge(DOWNGRADE, {"downgrade": {"format": name, "slots": 1}})
+    started, lever, memory = attach_downgrade(RUNNER, config, 0, None)
+    assert started.downgrade.format == name
+    assert lever is not None
+    num_weights = 4 * 3 * 256 * 128
+    expected = {
+        "fp8": num_weights + num_weights // 128**2 * 4,
+        "nvfp4-emulated": num_weights // 2 + num_weights // 16 + 2 * 4 * 4,
+        "mxfp4-emulated": num_weights // 2 + num_weights // 32,
+    }
+    assert memory.staging_bytes == expected[name]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("activation", "gelu"), ("is_gated", False), ("swiglu_limit", 7.0)]
+)
+def test_only_emulation_refuses_experts_that_it_would_compute_wrongly(
+    layers: list[Any], field: str, value: object
+) -> None:
+    setattr(layers[0].quant_method.runner.config, field, value)
+    assert refusal_of(DOWNGRADE, layers) is None
+    refusal = refusal_of(merge(DOWNGRADE, {"downgrade": {"format": "nvfp4-emulated"}}), layers)
     assert refusal
-    assert name in refusal[0]
+    assert field in refusal[0]
+    assert "use fp8" in refusal[1]
 
 
 def test_mode_downgrade_without_slots_is_refused(layers: list[Any]) -> None:

@@ -261,6 +261,20 @@ def test_mode_auto_of_deepep_is_taken_where_prefill_has_no_graphs(eager: str) ->
     install.refuse_unsupported_flags(argparse.Namespace(**auto))
 
 
+@pytest.mark.parametrize("switch", [{}, {"disable_prefill_cuda_graph": True}])
+@pytest.mark.parametrize("backend", ["full", "disabled"])
+def test_a_named_backend_of_prefill_graphs_wins_over_their_switch(
+    backend: str, switch: dict[str, Any]
+) -> None:
+    named = {**GOOD_SERVER, "deepep_mode": "auto", "cuda_graph_backend_prefill": backend}
+    args = argparse.Namespace(**named, **switch)
+    if backend == "disabled":
+        install.refuse_unsupported_flags(args)
+    else:
+        with pytest.raises(SystemExit, match="--deepep-mode auto: SGLang then captures prefill"):
+            install.refuse_unsupported_flags(args)
+
+
 def test_a_decode_role_may_run_low_latency() -> None:
     decode = {**GOOD_SERVER, "deepep_mode": "low_latency", "disaggregation_mode": "decode"}
     install.refuse_unsupported_flags(argparse.Namespace(**decode))

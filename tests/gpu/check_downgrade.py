@@ -4,7 +4,8 @@
 
 No server: conversions race with reads of the slots on real streams, for a thousand layers in random
 order, and every read must see its own layer; then the two GEMMs of some experts in float8, by
-DeepGEMM on what our kernels made, against bfloat16. Under a minute on an H100.
+DeepGEMM on what our kernels made, against bfloat16; then a layer in emulated FP4 against the same
+on the host. Under a minute on an H100.
 
 Shape letters: E local experts, M rows, H hidden size, I expert size.
 """
@@ -21,8 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout
 
+from benchmarks.gpu.one_layer import LayerSizes, received_rows
+from benchmarks.gpu.one_layer import make_layer as make_small
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.low.flags import HostFlags
+from sglang_moelb.ep.low.formats import EMULATED, format_named
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.kernels.quantise_rows import quantise_rows, silu_mul_quantise
@@ -112,12 +116,43 @@ def check_numerics(layer: Any) -> None:
         raise SystemExit("the float8 experts are not close to the exact ones")
 
 
+def check_emulated_fp4() -> None:
+    """Host and device give the same outputs but for sums of another order and what they round."""
+    sizes = LayerSizes(num_experts=8, hidden=512, inner=256, topk=4)
+    rows_e = [0, 1, 127, 128, 129, 300, 17, 64]
+    outputs: dict[str, dict[str, torch.Tensor]] = {name: {} for name in EMULATED}
+    layer = make_small(0, sizes, torch.device("cuda"))
+    rows = received_rows(0, rows_e, 2, sizes, torch.device("cuda"))
+    for device in ("cuda", "cpu"):
+        there = SimpleNamespace(
+            w13_weight=layer.w13_weight.to(device), w2_weight=layer.w2_weight.to(device)
+        )
+        rows_there = rows._replace(
+            hidden_states=rows.hidden_states.to(device),
+            topk_ids=rows.topk_ids.to(device),
+            topk_weights=rows.topk_weights.to(device),
+        )
+        for name in EMULATED:
+            low_format = format_named(name, [there])
+            weights = low_format.allocate(there)
+            every_e = torch.ones(sizes.num_experts, dtype=torch.int32, device=device)
+            low_format.convert(there, weights, every_e)
+            out = low_format.run(there, low_format.quantised(rows_there), weights)
+            outputs[name][device] = out.hidden_states.float().cpu()
+    for name, out in outputs.items():
+        error = float((out["cuda"] - out["cpu"]).norm() / out["cpu"].norm())
+        print(f"{name}: device against host, relative difference {error:.5f}")
+        if not error < 0.01 or not out["cpu"].any():
+            raise SystemExit(f"{name} on the device is not what it is on the host")
+
+
 def main() -> None:
-    """Run both checks."""
+    """Run the checks."""
     torch.manual_seed(0)
     layers = [make_layer(seed) for seed in range(NUM_LAYERS)]
     check_slots(layers)
     check_numerics(layers[0])
+    check_emulated_fp4()
     print("ok")
 
 

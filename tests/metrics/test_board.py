@@ -7,6 +7,10 @@ import runpy
 from itertools import combinations
 from typing import Any
 
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
 from sglang_moelb.metrics.labels import VALUES
 from sglang_moelb.metrics.table import METRICS
 
@@ -39,6 +43,25 @@ def test_the_board_is_one_screen_without_overlaps() -> None:
         cells.append({(x, y) for x in columns for y in rows})
     assert all(not one & other for one, other in combinations(cells, 2))
     assert len(set().union(*cells)) == 24 * MAX_ROWS, "and without holes"
+
+
+def test_grafanas_own_schema_knows_every_field() -> None:
+    """What its decoder does not know is lost on the way there and back."""
+    plugins.register_default_plugins()
+    given = board()
+    kept = json.loads(json.dumps(Dashboard.from_json(given), cls=JSONEncoder))
+    for variable in given["templating"]["list"]:
+        variable.pop("definition", None)  # a text that Grafana shows; its schema leaves it out
+    assert fields(given) <= fields(kept), fields(given) - fields(kept)
+
+
+def fields(value: Any, name: str = "") -> set[tuple[str, str]]:
+    """Path and value of every leaf."""
+    if isinstance(value, dict):
+        return {leaf for key, one in value.items() for leaf in fields(one, f"{name}.{key}")}
+    if isinstance(value, list):
+        return {leaf for key, one in enumerate(value) for leaf in fields(one, f"{name}[{key}]")}
+    return {(name, json.dumps(value))}
 
 
 def test_every_question_has_its_row() -> None:

@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 TOPOLOGY = Topology(num_layers=3, num_experts=16, num_ranks=4, topk=2)
 LOAD = SyntheticLoad(topology=TOPOLOGY, num_passes=90, tokens_per_rank=2000, alpha=1.2, seed=1)
 # A layer is bound by its rows, so that a lever has something to gain on these few tokens.
-SLOW = Machine(ms_per_row=0.01, own_ms=(0.0, 0.0, 0.0))
+SLOW = Machine(ms_per_row=0.01, own_ms=(0.0,) * 5)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,24 @@ def test_auto_acts_where_it_pays_and_sees_what_it_did(trace: Trace) -> None:
     found = scores(trace, ("none", "auto"))
     assert found["auto"].lost_share_P.max() > 0
     assert found["auto"].step_ms_P.mean() < found["none"].step_ms_P.mean()
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_auto_copies_experts_where_a_server_would_have_room_and_then_loses_no_row(
+    trace: Trace, is_ready: bool
+) -> None:
+    replicate = {"ready": is_ready, "slots": 4, "min_rows": 10}
+    config = merge(options(trace).config, {"replicate": replicate})
+    found = {
+        one.name: one
+        for one in replay_trace(
+            trace, ("none", "auto", "drop"), replace(options(trace), config=config)
+        ).scores
+    }
+    assert (float(found["auto"].lost_share_P.max()) == 0.0) is is_ready
+    assert found["auto"].step_ms_P.mean() < found["none"].step_ms_P.mean()
+    if is_ready:
+        assert found["auto"].step_ms_P[20:].mean() < found["drop"].step_ms_P[20:].mean()
 
 
 def test_auto_is_none_where_nothing_can_be_gained(trace: Trace) -> None:

@@ -73,6 +73,13 @@ def test_33_columns_are_refused() -> None:
         _lonely_buffer().get_dispatch_layout(torch.zeros(1, 33, dtype=torch.int64), 64)
 
 
+def test_129_experts_of_a_rank_are_refused() -> None:
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    _lonely_buffer().get_dispatch_layout(ids, 256)
+    with pytest.raises(ValueError, match="num_experts=258: at most 128 on each of 2 ranks"):
+        _lonely_buffer().get_dispatch_layout(ids, 258)
+
+
 def test_waiting_for_an_event_that_was_not_asked_for_is_an_error() -> None:
     *_, event = _lonely_buffer().get_dispatch_layout(torch.zeros(1, 1, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="async_finish"):

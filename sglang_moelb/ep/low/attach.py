@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sglang_moelb.config import Config
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.low.flags import HostFlags
+from sglang_moelb.ep.low.formats import EMULATED, format_named
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
@@ -57,7 +58,11 @@ def attach_downgrade(
     resident = layers_named(config.downgrade.resident_layers, len(layers))
     device = layers[0].w13_weight.device
     staging = Staging(
-        layers, num_slots=config.downgrade.slots, resident=resident, lanes=lanes_of(device)
+        layers,
+        num_slots=config.downgrade.slots,
+        resident=resident,
+        lanes=lanes_of(device),
+        low_format=format_named(config.downgrade.format, layers),
     )
     if device.type == "cuda":
         warm_up(layers[0], staging, group)
@@ -94,9 +99,7 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
     from sglang.srt.runtime_context import get_lora
 
-    layer, downgrade = layers[0], config.downgrade
-    if downgrade.format != "fp8":
-        return f"downgrade.format {downgrade.format}", "this version has no kernels for it; use fp8"
+    layer, is_emulated = layers[0], config.downgrade.format in EMULATED
     if not all(isinstance(one.quant_method, UnquantizedFusedMoEMethod) for one in layers):
         method = type(layer.quant_method).__name__
         return (
@@ -119,7 +122,41 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
             f"they must be equal in all layers, and hidden and expert size multiples of "
             f"{fp8.BLOCK}, as fp8's blocks are",
         )
-    return dispatch_refusal(layer) or _device_refusal(layer)
+    return (
+        _offload_refusal()
+        or dispatch_refusal(layer)
+        or (_activation_refusal(config.downgrade.format, runner.config) if is_emulated else None)
+        or _device_refusal(layer, is_emulated)
+    )
+
+
+def _offload_refusal() -> tuple[str, str] | None:
+    from sglang.srt.runtime_context import get_exec
+
+    offload = get_exec().offload
+    if offload.cpu_offload_gb > 0 or offload.offload_group_size > 0:
+        flag = "--cpu-offload-gb" if offload.cpu_offload_gb > 0 else "--offload-group-size"
+        return flag, "weights that lie on the host are not there to be converted; leave it out"
+    return None
+
+
+def _activation_refusal(name: str, config: Any) -> tuple[str, str] | None:
+    """What `ep.low.fp4` does not compute, by SGLang's `MoeRunnerConfig`."""
+    unlike = {
+        "activation": config.activation if config.activation != "silu" else None,
+        "is_gated": None if config.is_gated else False,
+        "swiglu_limit": config.swiglu_limit,
+        "gemm1_alpha": config.gemm1_alpha,
+        "apply_router_weight_on_input": config.apply_router_weight_on_input or None,
+        "no_combine": config.no_combine or None,
+    }
+    found = {key: value for key, value in unlike.items() if value is not None}
+    if found:
+        return (
+            f"experts with {found}",
+            f"downgrade.format {name} emulates silu(gate) * up without more; use fp8",
+        )
+    return None
 
 
 def dispatch_refusal(layer: Any) -> tuple[str, str] | None:
@@ -138,14 +175,14 @@ def dispatch_refusal(layer: Any) -> tuple[str, str] | None:
     return None
 
 
-def _device_refusal(layer: Any) -> tuple[str, str] | None:
+def _device_refusal(layer: Any, is_emulated: bool) -> tuple[str, str] | None:
     weight = layer.w13_weight
     if not weight.is_cuda:
         return None
     if weight.dtype != torch.bfloat16:
         return f"--dtype {weight.dtype}", "weights are converted from bfloat16; use bfloat16"
     capability = torch.cuda.get_device_capability(weight.device)
-    if capability[0] != HOPPER:
+    if capability[0] != HOPPER and not is_emulated:
         return (
             f"a GPU of compute capability {capability[0]}.{capability[1]}",
             "fp8 with 128x128 blocks is written for Hopper (9.0)",
@@ -164,7 +201,8 @@ def warm_up(layer: Any, staging: Staging, group: Any) -> None:
     layer.quant_method.apply(layer=layer, dispatch_output=dispatch_output)
     wanted_e = torch.zeros(len(layer.w13_weight), dtype=torch.int32, device="cuda")
     staging.convert(0, wanted_e)
-    fp8.run(layer, fp8.quantised(some_rows(layer)), staging.ready(0))
+    low_format = staging.low_format
+    low_format.run(layer, low_format.quantised(some_rows(layer)), staging.ready(0))
     staging.done(0)
     torch.cuda.synchronize()
     dist.barrier(group=group.cpu_group)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.low.flags import HostFlags
+from sglang_moelb.ep.low.formats import LowFormat, LowWeights
 from sglang_moelb.ep.low.staging import Staging
 
 
@@ -68,7 +68,9 @@ class DowngradeLever:
         if not any(n for n, low in zip(counts_e, low_e, strict=True) if low):
             return None
         self._num_low_layers += 1
-        combine_input = _run(module, dispatch_output, weights, asked.wanted_e, low_e)
+        combine_input = _run(
+            module, dispatch_output, self._staging.low_format, weights, asked.wanted_e, low_e
+        )
         self._staging.done(asked.layer)
         return combine_input
 
@@ -80,23 +82,24 @@ class DowngradeLever:
 def _run(
     module: Any,
     dispatch_output: Any,
-    weights: fp8.Fp8Weights,
+    low_format: LowFormat,
+    weights: LowWeights,
     wanted_e: torch.Tensor,
     low_e: NDArray[np.bool_],
 ) -> Any:
     """Low experts at low precision, the others as SGLang runs them; rows of both are summed."""
     dtype, rows_NH = dispatch_output.hidden_states.dtype, dispatch_output.hidden_states
     ids_NK = dispatch_output.topk_ids
-    low_output = fp8.quantised(dispatch_output)
+    low_output = low_format.quantised(dispatch_output)
     counts_e = dispatch_output.num_recv_tokens_per_expert
     if not any(n for n, low in zip(counts_e, low_e, strict=True) if not low):
         _dispose(rows_NH)
-        return _as(fp8.run(module, low_output, weights), dtype)
+        return _as(low_format.run(module, low_output, weights), dtype)
     is_low_NK = (ids_NK >= 0) & (wanted_e != 0)[ids_NK.clamp(min=0)]
     high = module.quant_method.apply(
         layer=module, dispatch_output=_only(dispatch_output, ~is_low_NK, ~low_e)
     )
-    low = _as(fp8.run(module, _only(low_output, is_low_NK, low_e), weights), dtype)
+    low = _as(low_format.run(module, _only(low_output, is_low_NK, low_e), weights), dtype)
     return high._replace(hidden_states=high.hidden_states + low.hidden_states, topk_ids=ids_NK)
 
 

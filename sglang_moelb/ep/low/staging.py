@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.low import fp8
-from sglang_moelb.ep.low.fp8 import Fp8Weights
+from sglang_moelb.ep.low.formats import LowFormat, LowWeights
 from sglang_moelb.ep.low.lanes import Event, Lanes
 
 SM_SHARE = 3  # a third of the SMs: DeepEP's dispatch needs its own at the same time
@@ -24,7 +24,7 @@ SM_SHARE = 3  # a third of the SMs: DeepEP's dispatch needs its own at the same 
 class Slot:
     """Room for one layer, which layer it was last asked for, and when it was written and read."""
 
-    weights: Fp8Weights
+    weights: LowWeights
     layer: int = -1
     written: Event = None
     read: Event = None
@@ -34,13 +34,20 @@ class Staging:
     """The low-precision weights of all layers of this rank."""
 
     def __init__(
-        self, layers: Sequence[Any], *, num_slots: int, resident: Collection[int], lanes: Lanes
+        self,
+        layers: Sequence[Any],
+        *,
+        num_slots: int,
+        resident: Collection[int],
+        lanes: Lanes,
+        low_format: LowFormat = fp8,
     ) -> None:
+        self.low_format = low_format
         self._layers = layers
         self._lanes = lanes
         device = layers[0].w13_weight.device
         self._num_programs = _num_sms(device) // SM_SHARE if device.type == "cuda" else None
-        self._slots = [Slot(weights=fp8.allocate(layers[0])) for _ in range(num_slots)]
+        self._slots = [Slot(weights=low_format.allocate(layers[0])) for _ in range(num_slots)]
         self._resident = {layer: self._kept(layers[layer]) for layer in sorted(resident)}
 
     @property
@@ -60,11 +67,11 @@ class Staging:
         slot = self._slot(layer)
         after = (self._lanes.mark(), slot.read) if slot.read is not None else (self._lanes.mark(),)
         with self._lanes.aside(after):
-            fp8.convert(self._layers[layer], slot.weights, wanted_e, self._num_programs)
+            self.low_format.convert(self._layers[layer], slot.weights, wanted_e, self._num_programs)
             slot.written = self._lanes.mark_aside()
         slot.layer = layer
 
-    def ready(self, layer: int) -> Fp8Weights:
+    def ready(self, layer: int) -> LowWeights:
         """The weights of `layer`; the main lane waits for their conversion, the host does not."""
         if layer in self._resident:
             return self._resident[layer]
@@ -81,12 +88,11 @@ class Staging:
     def _slot(self, layer: int) -> Slot:
         return self._slots[layer % len(self._slots)]
 
-    @staticmethod
-    def _kept(layer: Any) -> Fp8Weights:
-        weights = fp8.allocate(layer)
-        num_experts = len(weights.w13)
-        every_e = torch.ones(num_experts, dtype=torch.int32, device=weights.w13.device)
-        fp8.convert(layer, weights, every_e)
+    def _kept(self, layer: Any) -> LowWeights:
+        weights: LowWeights = self.low_format.allocate(layer)
+        w13 = layer.w13_weight
+        every_e = torch.ones(len(w13), dtype=torch.int32, device=w13.device)
+        self.low_format.convert(layer, weights, every_e)
         return weights
 
 

@@ -25,7 +25,7 @@ from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.types import Topology
 
 # Of the SMs of a device while DeepEP's dispatch has its own: enough to fill NVLink.
-NUM_PROGRAMS = 32
+NUM_PROGRAMS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

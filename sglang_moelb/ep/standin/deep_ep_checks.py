@@ -14,6 +14,7 @@ from sglang_moelb.ep.standin.deep_ep_types import EventOverlap
 
 topk_idx_t = torch.int64
 MAX_NUM_TOPK = 32  # a device assertion of DeepEP's intranode kernels: one lane of a warp a column
+MAX_LOCAL_EXPERTS = 128  # an assertion of the same kernels: one thread an expert of a rank
 SUPPORTED_NUM_RANKS = (2, 4, 8)
 COMBINE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -44,6 +45,10 @@ def check_topk_idx(topk_idx: torch.Tensor | None, num_experts: int, num_ranks: i
         raise ValueError(f"topk_idx has {topk_idx.shape[1]} columns: at most {MAX_NUM_TOPK}")
     if num_experts <= 0 or num_experts % num_ranks:
         raise ValueError(f"num_experts={num_experts}: must be a multiple of {num_ranks} ranks")
+    if num_experts // num_ranks > MAX_LOCAL_EXPERTS:
+        raise ValueError(
+            f"num_experts={num_experts}: at most {MAX_LOCAL_EXPERTS} on each of {num_ranks} ranks"
+        )
     if topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < num_experts:
         raise ValueError(
             f"topk_idx holds {int(topk_idx.min())}..{int(topk_idx.max())}: expected -1 (none) or "
