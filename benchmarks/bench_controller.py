@@ -4,8 +4,8 @@
 
 Goals on the host clock of one core, with `--slots 0`: `Controller.step` under 0.25 ms at 12 layers,
 128 experts, 4 ranks and under 0.4 ms at 48 layers, 8 ranks; at 12 layers `build_record` under
-0.2 ms and `Ledger.add` under 0.08 ms. The window holds 32 passes and is full before anything is measured.
-Prints median, p10 and p90 of CPU time over repeats; the load is seeded, skewed by a
+0.2 ms and `Ledger.add` under 0.08 ms. The window holds 32 passes and is full before anything is
+measured. Prints median, p10 and p90 of CPU time over repeats; the load is seeded, skewed by a
 power law that drifts from pass to pass, and every pass is of another size.
 
 Shape letters: L MoE layers, R ranks, E logical experts, C counts, W counts row width.
