@@ -78,7 +78,10 @@ def mapped(layers: list[Any], *, num_slots: int, rank: int, group: Any) -> list[
 
 def runner(**flags: Any) -> Any:
     """SGLang's model runner with its flags."""
-    args = {"nnodes": 1, "enable_memory_saver": False, "expert_distribution_recorder_mode": None}
+    args = {
+        "nnodes": 1, "enable_memory_saver": False, "expert_distribution_recorder_mode": None,
+        "cpu_offload_gb": 0, "offload_group_size": -1,
+    }  # fmt: skip
     return SimpleNamespace(model=None, server_args=SimpleNamespace(**{**args, **flags}))
 
 
@@ -130,6 +133,8 @@ WRONG = [
     (in_decode_role, {}, ["--deepep-mode low_latency", "use mode none"]),
     (as_it_is, {"nnodes": 2}, ["--nnodes 2", "use one host"]),
     (as_it_is, {"enable_memory_saver": True}, ["--enable-memory-saver", "leave the flag out"]),
+    (as_it_is, {"cpu_offload_gb": 2}, ["--cpu-offload-gb", "leave it out"]),
+    (as_it_is, {"offload_group_size": 4}, ["--offload-group-size", "leave it out"]),
     (as_it_is, RECORDER, ["--expert-distribution-recorder-mode stat", "leave the flag out"]),
 ]
 

@@ -97,6 +97,9 @@ def _flag_refusal(server_args: Any) -> tuple[str, str] | None:
         )
     if get_lora().enable_lora or get_lora().lora_paths:
         return "--enable-lora", "adapters are not copied with an expert; leave the flag out"
+    if server_args.cpu_offload_gb > 0 or server_args.offload_group_size > 0:
+        flag = "--cpu-offload-gb" if server_args.cpu_offload_gb > 0 else "--offload-group-size"
+        return flag, "experts that lie on the host cannot be copied from there; leave it out"
     if server_args.enable_memory_saver:
         return (
             "--enable-memory-saver",
