@@ -127,6 +127,7 @@ class Controller:
         self._config = config
         self._quality = self._quality.resized(config.controller.quality_window_passes)
         self._standing = replace(self._standing, dwell_passes=Standing().dwell_passes)
+        self._num_losing = 0
         self._watch([past.record for past in self._loads])
         self._estimate = self._estimated()
         self._decision = self._decided()

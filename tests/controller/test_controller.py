@@ -226,6 +226,26 @@ def test_a_hot_change_waits_for_no_dwell() -> None:
     assert controller.reconfigure(wider).lever == Lever.NONE
 
 
+def test_passes_that_one_lever_made_longer_do_not_count_against_that_of_a_hot_change() -> None:
+    settings = config(interval_ms=60_000.0)
+    controller = Controller(settings, TOPOLOGY)
+    serve(controller, [SKEWED] * 8)
+    assert controller.reconfigure(settings).lever == CHOSEN
+
+    def lose(num_passes: int) -> list[Lever]:
+        held = []
+        for _ in range(num_passes):
+            short = record(tuple(n // 100 for n in SKEWED), policy=controller.policy)
+            slowed = replace(short, balance_ms=1.0, step_ms=short.step_ms + 1.0)
+            effects = controller.step(Observation(record=slowed, now_s=1.0))
+            held.append(effects.policy.lever)
+        return held
+
+    assert lose(3) == [CHOSEN] * 3
+    assert controller.reconfigure(settings).lever == Lever.DROP
+    assert lose(4) == [Lever.DROP] * 3 + [Lever.NONE]
+
+
 def test_masses_of_dropped_rows_are_learned_anew_under_another_capacity() -> None:
     controller = Controller(in_mode("drop", quality_budget=1.0), TOPOLOGY)
     learned = serve(controller, [SKEWED] * 30)[-1].estimate.forecasts[1].lost_mass_share
