@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sglang_moelb.config import Config, merge, policy_of
+from sglang_moelb.controller import forecast
 from sglang_moelb.controller.controller import Controller
 from sglang_moelb.types import Effects, Lever, Observation, Topology
 
@@ -224,6 +226,30 @@ def test_a_hot_change_waits_for_no_dwell() -> None:
     assert serve(controller, [SKEWED] * 2)[-1].policy.lever == CHOSEN
     wider = merge(config(min_dwell_passes=100), {"capacity": {"factor": 3.0}})
     assert controller.reconfigure(wider).lever == Lever.NONE
+
+
+@pytest.mark.parametrize(("change", "num_projected"), [
+    ({"mode": "drop"}, 0),
+    ({"controller": {"min_gain": 0.5, "quality_budget": 0.0}}, 0),
+    ({"capacity": {"factor": 2.0}}, 8),
+    ({"downgrade": {"factor": 1.5}}, 8),
+    ({"replicate": {"slots": 2}}, 8),
+    ({"controller": {"window_passes": 4}}, 8),
+])  # fmt: skip
+def test_a_hot_change_projects_the_window_anew_only_where_it_changes_the_projections(
+    change: dict[str, Any], num_projected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = Controller(config(), TOPOLOGY)
+    before = serve(controller, [SKEWED] * 8)[-1].estimate
+    calls: list[object] = []
+    project = forecast.project
+    monkeypatch.setattr(forecast, "project", lambda *a: calls.append(a) or project(*a))
+    settings = merge(config(), change)
+    controller.reconfigure(settings)
+    assert len(calls) == num_projected
+    after = controller.step(Observation(record=record(SKEWED, phase="decode"), now_s=9.0)).estimate
+    assert after.num_passes == min(settings.controller.window_passes, 8)
+    assert num_projected or after.forecasts == before.forecasts
 
 
 def test_passes_that_one_lever_made_longer_do_not_count_against_that_of_a_hot_change() -> None:
