@@ -8,6 +8,7 @@ Shape letters: E logical experts, J = 2I gate and up, H hidden, I expert size.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,12 +22,21 @@ import msgspec
 from sglang_moelb.calibrate.types import CalibrateError
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 LAYER = r"^(?P<stem>.*\blayers\.(?P<layer>\d+)\.mlp\.experts)\."
 FUSED = re.compile(LAYER + r"gate_up_proj$")
 SINGLE = re.compile(LAYER + r"(?P<expert>\d+)\.gate_proj\.weight$")
 NORM = "post_attention_layernorm.weight"
 Shapes = tuple[tuple[int, int], tuple[int, int]]  # of an expert's two projections
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+class _Sizes(msgspec.Struct):
+    num_hidden_layers: int | None = None
+
+
+class _ModelConfig(_Sizes):
+    text_config: _Sizes | None = None  # of a model with vision
 
 
 class ExpertTensors(Protocol):
@@ -56,7 +66,8 @@ class _Found:
 def open_checkpoint(folder: Path) -> ExpertTensors:
     """The experts of the checkpoint in `folder`; its files stay open as long as the answer lives.
 
-    Raises `CalibrateError` where there are none that can be read.
+    Layers beyond the model's own, those of multi-token prediction, are left out: passes do not run
+    through them. Raises `CalibrateError` where there are none that can be read.
     """
     if find_spec("safetensors") is None or find_spec("torch") is None:
         raise CalibrateError("--model: reading weights needs torch and safetensors: pip install "
@@ -64,12 +75,13 @@ def open_checkpoint(folder: Path) -> ExpertTensors:
     files = _files(folder)
     tensor = _opened(folder, files)
     names = frozenset(files)
-    found = {m["stem"]: m for m in map(FUSED.match, sorted(names)) if m}
-    if found:
-        return _Fused(_Found(tensor=tensor, names=names, stems=_in_order(found)))
-    found = {m["stem"]: m for m in map(SINGLE.match, sorted(names)) if m}
-    if found:
-        return _Singles(_Found(tensor=tensor, names=names, stems=_in_order(found)))
+    num_layers = _num_layers(folder)
+    stems = _stems(FUSED, names, num_layers)
+    if stems:
+        return _Fused(_Found(tensor=tensor, names=names, stems=stems))
+    stems = _stems(SINGLE, names, num_layers)
+    if stems:
+        return _Singles(_Found(tensor=tensor, names=names, stems=stems))
     raise CalibrateError(
         f"--model {folder}: holds no experts (no tensor ...layers.N.mlp.experts...). Give the "
         "checkpoint of a Qwen3-MoE, Qwen3-VL-MoE, DeepSeek or Kimi-VL model."
@@ -167,8 +179,23 @@ def _opened(folder: Path, files: dict[str, str]) -> Callable[[str], Any]:
     return tensor
 
 
-def _in_order(found: dict[str, re.Match[str]]) -> tuple[str, ...]:
-    return tuple(sorted(found, key=lambda stem: int(found[stem]["layer"])))
+def _num_layers(folder: Path) -> float:
+    """The model's own layers; without limit where the checkpoint does not tell."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return math.inf
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=_ModelConfig)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CalibrateError(f"--model {folder}: {CONFIG} cannot be read ({error}).") from error
+    told = (config.text_config or config).num_hidden_layers
+    return math.inf if told is None else told
+
+
+def _stems(pattern: re.Pattern[str], names: frozenset[str], num_layers: float) -> tuple[str, ...]:
+    """The stems of the model's own MoE layers, in order."""
+    layers = {m["stem"]: int(m["layer"]) for m in map(pattern.match, names) if m}
+    return tuple(sorted((s for s, at in layers.items() if at < num_layers), key=layers.__getitem__))
 
 
 def _shape(found: _Found, name: str) -> tuple[int, ...]:

@@ -118,16 +118,20 @@ class Controller:
         """Change the configuration while serving; returns the policy to publish at once.
 
         Its epoch always grows, so that a caller can tell when the change has arrived. What was
-        learned is kept: the window is forecast anew under the new capacity, and no dwell is waited
-        for. Masses of dropped rows are learned anew when the capacity knobs change.
+        learned is kept: the window is forecast anew where the rules of a lever change, and no dwell
+        is waited for. Masses of dropped rows are learned anew when the capacity knobs change.
         """
         if config.capacity != self._config.capacity:
             self._loss = LossModel()
         self._board = self._board_under(config)
+        is_projected_anew = _projected_by(config) != _projected_by(self._config)
         self._config = config
         self._quality = self._quality.resized(config.controller.quality_window_passes)
         self._standing = replace(self._standing, dwell_passes=Standing().dwell_passes)
-        self._watch([past.record for past in self._loads])
+        self._num_losing = 0
+        if is_projected_anew:
+            # Tens of milliseconds for a full window at 48 layers: not for a change of mode.
+            self._watch([past.record for past in self._loads])
         self._estimate = self._estimated()
         self._decision = self._decided()
         self._verdict = self.verdict()
@@ -189,9 +193,7 @@ class Controller:
         board = self._board
         if not board or not config.verdict.enabled:
             return _board_for(config)
-        before = self._config
-        rules = (config.capacity, config.downgrade, config.replicate)
-        if rules != (before.capacity, before.downgrade, before.replicate):
+        if _rules(config) != _rules(self._config):
             board = board.cleared()  # its samples were forecast under other rules
         board.resize(config.verdict.window_passes)
         return board
@@ -277,6 +279,15 @@ class Controller:
         if changed:
             self._num_losing = 0
         return self._policy_for(self._policy.epoch + int(changed))
+
+
+def _rules(config: Config) -> tuple[object, ...]:
+    return config.capacity, config.downgrade, config.replicate
+
+
+def _projected_by(config: Config) -> tuple[object, ...]:
+    """What the window and its projections depend on."""
+    return *_rules(config), config.controller.window_passes
 
 
 def _board_for(config: Config) -> Scoreboard | None:

@@ -5,7 +5,8 @@ budgets, whether anything is known, gain, quality, exact levers before lossy one
 one makes steps shorter by more than `switch_margin` beyond), and dwell (`min_dwell_passes` between
 changes). To stay, a lever must save `min_gain`; to start or replace
 another, `switch_margin` more, of a gain that counts only as far as the estimate is trusted: loads
-that come and go lower the confidence, so the two thresholds move apart where noise would flap.
+that come and go lower the confidence, so the two thresholds move apart where noise would flap. An
+exact lever takes the place of a lossy one from `min_gain` on.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def _choose(estimate: LoadEstimate, config: Config, standing: Standing) -> Decis
     bound = _bound(estimate)
     paying = [f for f in opened if _pays(f, bound, estimate, config, standing)]
     allowed = [f for f in paying if _affordable(f, config, standing)]
+    if any(TIER[f.lever] == LOSSY for f in allowed):
+        # An exact lever is asked first even where it would not start by itself.
+        exacts = [f for f in opened if TIER[f.lever] == EXACT and _keeps(f, bound, config)]
+        allowed += [f for f in exacts if f not in allowed]
     best = _best(allowed, bound, config, current)
     if (
         current and best and current in allowed
@@ -184,13 +189,23 @@ def _pays(
     config: Config,
     standing: Standing,
 ) -> bool:
+    if forecast.lever == standing.lever:
+        return _keeps(forecast, bound, config)
+    limits = config.controller
+    gain = _counted(forecast, bound)
+    return gain > 0.0 and gain * estimate.confidence >= limits.min_gain + limits.switch_margin
+
+
+def _keeps(forecast: LeverForecast, bound: float, config: Config) -> bool:
+    """Whether a lever saves enough to stay."""
+    gain = _counted(forecast, bound)
+    return gain > 0.0 and gain >= config.controller.min_gain
+
+
+def _counted(forecast: LeverForecast, bound: float) -> float:
     # A lossy lever also makes a balanced load cheaper, by doing less of it; that is not what the
     # user asked for, so a gain counts only as far as balance could have brought it.
-    gain = min(forecast.gain, bound)
-    limits = config.controller
-    if forecast.lever == standing.lever:
-        return gain > 0.0 and gain >= limits.min_gain
-    return gain > 0.0 and gain * estimate.confidence >= limits.min_gain + limits.switch_margin
+    return min(forecast.gain, bound)
 
 
 def _affordable(forecast: LeverForecast, config: Config, standing: Standing) -> bool:

@@ -165,7 +165,7 @@ def _scores(
 def _best(
     scores: Sequence[LeverScore], estimate: LoadEstimate, config: Config
 ) -> LeverScore | None:
-    """As mode `auto` chooses: exact before lossy, then the least lossy of about the best gain."""
+    """Of those that surely pay, as mode `auto` chooses: exact first, then the least lossy."""
     limits = config.controller
     allowed = [
         one

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from sglang_moelb.calibrate.checkpoint import open_checkpoint
 from sglang_moelb.calibrate.cli import calibrate
 from sglang_moelb.calibrate.importance import write_importance
 from sglang_moelb.calibrate.traffic import is_calibrated_on
+from sglang_moelb.calibrate.types import CalibrateError
 from sglang_moelb.calibrate.wanda import importance_of, read_checkpoint, score, silu_square
 from sglang_moelb.placement import LayerPlacement, load
 from sglang_moelb.types import Topology
@@ -170,6 +174,29 @@ def test_a_quantised_checkpoint_is_refused(trace: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "F8_E4M3" in result.output
     assert "bfloat16 checkpoint" in result.output
+
+
+@pytest.mark.parametrize("config", [
+    {"num_hidden_layers": 2, "num_nextn_predict_layers": 1},
+    {"text_config": {"num_hidden_layers": 2}},
+])  # fmt: skip
+@pytest.mark.parametrize("stored", [fused_tensors, lambda t: single_tensors(fused_tensors(t))])
+def test_layers_of_multi_token_prediction_are_left_out(
+    config: dict[str, Any], stored: Callable[[Topology], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    with_mtp = Topology(num_layers=3, num_experts=8, num_ranks=2, topk=2)
+    folder = write_checkpoint(tmp_path, stored(with_mtp))
+    assert open_checkpoint(folder).num_layers == 3, "nothing tells which layers are the model's"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.num_layers, checkpoint.num_experts) == (2, 8)
+
+
+def test_a_broken_config_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CalibrateError, match=r"config\.json cannot be read"):
+        open_checkpoint(folder)
 
 
 def test_both_ways_in_which_experts_are_stored_give_the_same_scores(tmp_path: Path) -> None:

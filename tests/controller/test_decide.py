@@ -123,6 +123,27 @@ def test_a_lossy_lever_is_for_what_an_exact_one_leaves(lever: Lever) -> None:
     assert decided(estimate(drop=(0.2, 0.03), replicate=0.05)).lever == Lever.REPLICATE
 
 
+@pytest.mark.parametrize(("lever", "drop", "replicate"), [
+    (Lever.DROP, 0.03, 0.03), (Lever.DROP, 0.024, 0.020), (Lever.NONE, 0.034, 0.030),
+    (Lever.REPLICATE, 0.034, 0.025),
+])  # fmt: skip
+def test_an_exact_lever_goes_before_a_lossy_one_even_below_what_starts_it_alone(
+    lever: Lever, drop: float, replicate: float
+) -> None:
+    seen = estimate(drop=(drop, 0.001), replicate=replicate)
+    assert decided(seen, holding(lever)).lever == Lever.REPLICATE
+    alone = estimate(replicate=replicate)
+    assert decided(alone).lever == Lever.NONE
+
+
+def test_an_exact_lever_below_min_gain_or_that_does_not_suffice_leaves_a_lossy_one() -> None:
+    for drop, replicate in ((0.022, 0.019), (0.035, 0.02)):
+        seen = estimate(drop=(drop, 0.001), replicate=replicate)
+        assert decided(seen, holding(Lever.DROP)).lever == Lever.DROP
+    over_budget = estimate(drop=(0.05, 0.03), replicate=0.03)
+    assert decided(over_budget).lever == Lever.NONE, "no lossy lever would start"
+
+
 def test_at_the_edge_of_sufficing_what_is_on_stays_on() -> None:
     edge = estimate(drop=(0.2, 0.01), replicate=0.194)  # drop makes steps 0.75 % shorter
     for lever in (Lever.DROP, Lever.REPLICATE):
