@@ -54,6 +54,15 @@ def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return given
 
 
+@pytest.fixture(autouse=True)
+def offload(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's weights on the host: none."""
+    given = SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1)
+    exec_ = SimpleNamespace(offload=given)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
+    return given
+
+
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that a model is found to have, whose experts are mapped."""
@@ -116,6 +125,18 @@ def in_decode_role(layers: list[Any]) -> None:
     layers[0].dispatcher._inners = [SimpleNamespace()]
 
 
+def with_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.cpu_offload_gb = 4
+
+
+def with_grouped_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.offload_group_size = 2
+
+
 def as_it_is(layers: list[Any]) -> None:
     """Nothing is wrong with the layers."""
 
@@ -128,6 +149,8 @@ WRONG = [
     (with_bias, {}, ["experts with a bias"]),
     (with_dispatch, {}, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
     (in_decode_role, {}, ["--deepep-mode low_latency", "use mode none"]),
+    (with_offload, {}, ["--cpu-offload-gb", "weights that lie on the host", "leave it out"]),
+    (with_grouped_offload, {}, ["--offload-group-size", "leave it out"]),
     (as_it_is, {"nnodes": 2}, ["--nnodes 2", "use one host"]),
     (as_it_is, {"enable_memory_saver": True}, ["--enable-memory-saver", "leave the flag out"]),
     (as_it_is, RECORDER, ["--expert-distribution-recorder-mode stat", "leave the flag out"]),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
-from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers
+from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers, offload_refusal
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.memory import MappingError, map_experts
@@ -82,6 +82,7 @@ def refusal_of(
     return (
         _flag_refusal(server_args)
         or _experts_refusal(layers)
+        or offload_refusal()
         or dispatch_refusal(layers[0])
         or _slots_refusal(config.replicate.slots, topology)
     )
