@@ -67,7 +67,7 @@ def attach_replicas(
         layers, experts_L, topology=topology, rank=rank, lanes=lanes_of(device)
     )
     if device.type == "cuda":
-        warm_up(layers[0], experts_L[0], topology, rank)
+        warm_up(layers[0], experts_L, topology, rank)
         dist.barrier(group=group.cpu_group)
     return config, lever, experts_L[0].slots_bytes
 
