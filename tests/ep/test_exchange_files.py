@@ -64,6 +64,59 @@ def test_a_rank_that_sends_less_is_named(ranks: Ranks) -> None:
     assert told[1].startswith("rank 0 sent 2 of 3 open files")
 
 
+def gone_peer(group: dist.ProcessGroup, rank: int, _: None) -> str:
+    files = [os.memfd_create("test")]
+    send = socket.send_fds
+
+    def broken(*args: Any) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    if rank == 0:
+        socket.send_fds = broken
+    try:
+        exchange_files(files, group, lambda peer, theirs: None)
+    except MappingError as error:
+        return str(error)
+    finally:
+        socket.send_fds = send
+    return ""
+
+
+def test_a_peer_that_cannot_be_sent_to_is_an_error_of_mapping(ranks: Ranks) -> None:
+    told = ranks.run(gone_peer, [None] * 2)
+    assert told[0].startswith("experts cannot be sent to a peer: [Errno 32] Broken pipe")
+    assert told[1].startswith("rank 0 sent 0 of 1 open files")
+
+
+def stuck_peer(group: dist.ProcessGroup, rank: int, _: None) -> str:
+    """Rank 1 connects and never reads; the files of rank 0 fill what lies between."""
+    kept = module.TIMEOUT_S, module.FILES_A_MESSAGE, module._receive
+    module.TIMEOUT_S, module.FILES_A_MESSAGE = 0.5, 1
+    file, connection = os.memfd_create("test"), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def connect_only(peer: int, address: str, num_files: int) -> list[int]:
+        if rank == 1:
+            connection.connect(address)
+        return []
+
+    module._receive = connect_only
+    try:
+        exchange_files([file] * 5000, group, lambda peer, theirs: None)
+    except MappingError as error:
+        return str(error)
+    finally:
+        module.TIMEOUT_S, module.FILES_A_MESSAGE, module._receive = kept
+        dist.barrier(group=group)
+        os.close(file)
+        connection.close()
+    return ""
+
+
+def test_a_peer_that_never_reads_ends_the_wait(ranks: Ranks) -> None:
+    told = ranks.run(stuck_peer, [None] * 2)
+    assert told[0].startswith("experts cannot be sent to a peer: ")
+
+
 def strangers_first(group: dist.ProcessGroup, rank: int, _: None) -> dict[int, list[bytes]]:
     """A process of another user comes to rank 0 before its peers do."""
     user, num_asked = module._user, 0

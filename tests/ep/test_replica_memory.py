@@ -166,7 +166,7 @@ def refused(
     group: dist.ProcessGroup, rank: int, patch: Callable[[int], list[Layer]]
 ) -> tuple[str, bool]:
     """The error, and whether the layers hold what they held."""
-    kept = files_module._host, HostPages.create, files_module._user
+    kept = files_module._host, HostPages.create, HostPages.to_file
     layers = patch(rank)
     try:
         map_experts(layers, num_slots=NUM_SLOTS, rank=rank, group=group)
@@ -178,7 +178,7 @@ def refused(
         )
         return str(error), fine
     finally:
-        files_module._host, HostPages.create, files_module._user = kept  # type: ignore[method-assign]
+        files_module._host, HostPages.create, HostPages.to_file = kept  # type: ignore[method-assign]
     return "", True
 
 
@@ -201,6 +201,20 @@ def no_memory_for_layer_1(rank: int) -> list[Layer]:
     return [Layer(rank, layer) for layer in range(NUM_LAYERS)]
 
 
+def no_file_of_a_block(rank: int) -> list[Layer]:
+    to_file, num_made = HostPages.to_file, 0
+
+    def counted(pages: HostPages, handle: int) -> int:
+        nonlocal num_made
+        num_made += 1
+        if rank == 1 and num_made == 3:  # the mark, then the first of a layer
+            raise MappingError("no more open files")
+        return to_file(pages, handle)
+
+    HostPages.to_file = counted  # type: ignore[method-assign]
+    return [Layer(rank, layer) for layer in range(NUM_LAYERS)]
+
+
 def odd_layer(rank: int) -> list[Layer]:
     layers = [Layer(rank, layer) for layer in range(NUM_LAYERS)]
     if rank == 1:
@@ -215,6 +229,7 @@ def odd_layer(rank: int) -> list[Layer]:
     [
         (another_host, "rank 0: rank 0 is on host host0 and rank 2 on host1: .*use one host"),
         (no_memory_for_layer_1, "rank 1: no memory"),
+        (no_file_of_a_block, "rank 1: no more open files"),
         (odd_layer, "rank 1: w2_weight differs between layers"),
     ],
 )

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from sglang_moelb.config import Config, merge
+from sglang_moelb.ep.low.lanes import HostLanes
 from sglang_moelb.ep.memory import MemoryLedger, with_replicas
 from sglang_moelb.ep.replicas import attach
+from sglang_moelb.ep.replicas import lever as lever_module
+from sglang_moelb.ep.replicas import warm_up as warm_up_module
 from sglang_moelb.ep.replicas.attach import attach_replicas
+from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.memory import LayerExperts, MappingError
+from sglang_moelb.kernels.pull_experts import pull_experts
 from sglang_moelb.types import Topology
 
 unquant = pytest.importorskip("sglang.srt.layers.quantization.unquant")
@@ -54,6 +59,15 @@ def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return given
 
 
+@pytest.fixture(autouse=True)
+def offload(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's weights on the host: none."""
+    given = SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1)
+    exec_ = SimpleNamespace(offload=given)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
+    return given
+
+
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that a model is found to have, whose experts are mapped."""
@@ -80,7 +94,6 @@ def runner(**flags: Any) -> Any:
     """SGLang's model runner with its flags."""
     args = {
         "nnodes": 1, "enable_memory_saver": False, "expert_distribution_recorder_mode": None,
-        "cpu_offload_gb": 0, "offload_group_size": -1,
     }  # fmt: skip
     return SimpleNamespace(model=None, server_args=SimpleNamespace(**{**args, **flags}))
 
@@ -119,6 +132,18 @@ def in_decode_role(layers: list[Any]) -> None:
     layers[0].dispatcher._inners = [SimpleNamespace()]
 
 
+def with_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.cpu_offload_gb = 4
+
+
+def with_grouped_offload(layers: list[Any]) -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    get_exec().offload.offload_group_size = 2
+
+
 def as_it_is(layers: list[Any]) -> None:
     """Nothing is wrong with the layers."""
 
@@ -131,10 +156,10 @@ WRONG = [
     (with_bias, {}, ["experts with a bias"]),
     (with_dispatch, {}, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
     (in_decode_role, {}, ["--deepep-mode low_latency", "use mode none"]),
+    (with_offload, {}, ["--cpu-offload-gb", "weights that lie on the host", "leave it out"]),
+    (with_grouped_offload, {}, ["--offload-group-size", "leave it out"]),
     (as_it_is, {"nnodes": 2}, ["--nnodes 2", "use one host"]),
     (as_it_is, {"enable_memory_saver": True}, ["--enable-memory-saver", "leave the flag out"]),
-    (as_it_is, {"cpu_offload_gb": 2}, ["--cpu-offload-gb", "leave it out"]),
-    (as_it_is, {"offload_group_size": 4}, ["--offload-group-size", "leave it out"]),
     (as_it_is, RECORDER, ["--expert-distribution-recorder-mode stat", "leave the flag out"]),
 ]
 
@@ -197,6 +222,31 @@ def test_other_modes_hold_copies_only_where_it_is_asked_for(layers: list[Any], m
     assert config.replicate.slots == 3
     assert lever.told() == {"num_slots": 3, "num_replicated_layers": 0}
     assert num_bytes == 3 * (16 * 8 + 8 * 8) * 4
+
+
+def test_every_layer_has_pulled_once_by_the_addresses_of_a_pass(
+    layers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in layers:
+        one.w13_weight, one.w2_weight = one.w13_weight.float(), one.w2_weight.float()
+    experts_L = mapped(layers, num_slots=2, rank=1, group="gloo")
+    pulled: list[list[int]] = []
+
+    def pull(experts_PR: Any, slots_RS: Any, staged_P: Any, **sizes: Any) -> None:
+        pull_experts(experts_PR, slots_RS, staged_P, **sizes)
+        tensors = [tensor for of_part in experts_PR for tensor in of_part]
+        pulled.append([tensor.data_ptr() for tensor in (*tensors, *staged_P)])
+
+    monkeypatch.setattr(warm_up_module, "pull_experts", pull)
+    warm_up_module.pull_in_all_layers(experts_L, TOPOLOGY, 1)
+    in_warm_up = pulled.copy()
+    monkeypatch.setattr(lever_module, "pull_experts", pull)
+    lever = ReplicateLever(layers, experts_L, topology=TOPOLOGY, rank=1, lanes=HostLanes())
+    plan = SimpleNamespace(slots_RS=torch.full((NUM_RANKS, 2), -1, dtype=torch.int32))
+    for layer in range(len(layers)):
+        lever._pull(layer, plan)
+    assert in_warm_up == pulled[len(in_warm_up) :]
+    assert len(in_warm_up) == len(layers)
 
 
 def test_the_ledger_tells_of_copies_beside_what_else_is_held() -> None:

@@ -142,7 +142,7 @@ def slots_of(experts: LayerExperts) -> tuple[Tensor, Tensor]:
     return experts.w13[NUM_LOCAL:], experts.w2[NUM_LOCAL:]
 
 
-def pull(experts: LayerExperts, slots_RS: Tensor, rank: int, num_programs: int = 32) -> None:
+def pull(experts: LayerExperts, slots_RS: Tensor, rank: int, num_programs: int = 16) -> None:
     """Both projections of a layer's experts into the slots."""
     pull_experts(
         (experts.w13_R, experts.w2_R), slots_RS, slots_of(experts),

@@ -123,20 +123,25 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
             f"{fp8.BLOCK}, as fp8's blocks are",
         )
     return (
-        _offload_refusal()
+        offload_refusal()
         or dispatch_refusal(layer)
         or (_activation_refusal(config.downgrade.format, runner.config) if is_emulated else None)
         or _device_refusal(layer, is_emulated)
     )
 
 
-def _offload_refusal() -> tuple[str, str] | None:
+def offload_refusal() -> tuple[str, str] | None:
+    """Weights that a lever on experts would not find on the device, and the fix; None if all are.
+    """
     from sglang.srt.runtime_context import get_exec
 
     offload = get_exec().offload
     if offload.cpu_offload_gb > 0 or offload.offload_group_size > 0:
         flag = "--cpu-offload-gb" if offload.cpu_offload_gb > 0 else "--offload-group-size"
-        return flag, "weights that lie on the host are not there to be converted; leave it out"
+        return (
+            flag,
+            "weights that lie on the host are not there to be converted or copied; leave it out",
+        )
     return None
 
 

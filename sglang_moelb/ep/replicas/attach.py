@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
-from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers
+from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers, offload_refusal
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.memory import MappingError, map_experts
@@ -67,7 +67,7 @@ def attach_replicas(
         layers, experts_L, topology=topology, rank=rank, lanes=lanes_of(device)
     )
     if device.type == "cuda":
-        warm_up(layers[0], experts_L[0], topology, rank)
+        warm_up(layers[0], experts_L, topology, rank)
         dist.barrier(group=group.cpu_group)
     return config, lever, experts_L[0].slots_bytes
 
@@ -82,6 +82,7 @@ def refusal_of(
     return (
         _flag_refusal(server_args)
         or _experts_refusal(layers)
+        or offload_refusal()
         or dispatch_refusal(layers[0])
         or _slots_refusal(config.replicate.slots, topology)
     )
@@ -97,9 +98,6 @@ def _flag_refusal(server_args: Any) -> tuple[str, str] | None:
         )
     if get_lora().enable_lora or get_lora().lora_paths:
         return "--enable-lora", "adapters are not copied with an expert; leave the flag out"
-    if server_args.cpu_offload_gb > 0 or server_args.offload_group_size > 0:
-        flag = "--cpu-offload-gb" if server_args.cpu_offload_gb > 0 else "--offload-group-size"
-        return flag, "experts that lie on the host cannot be copied from there; leave it out"
     if server_args.enable_memory_saver:
         return (
             "--enable-memory-saver",

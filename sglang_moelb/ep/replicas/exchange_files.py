@@ -75,12 +75,24 @@ def _send_to_peers(listening: socket.socket, files: Sequence[int], num_peers: in
                 f"{num_peers - num_served} of {num_peers} ranks have not come for this rank's "
                 f"experts within {TIMEOUT_S:.0f} s; see their logs"
             ) from error
+        except OSError as error:
+            raise MappingError(f"no peer can be let in: {error}; see `ulimit -n`") from error
         with connection:
             if _user(connection) != os.getuid():
                 continue
-            for start in range(0, len(files), FILES_A_MESSAGE):
-                socket.send_fds(connection, [b"f"], files[start : start + FILES_A_MESSAGE])
+            _send(connection, files)
         num_served += 1
+
+
+def _send(connection: socket.socket, files: Sequence[int]) -> None:
+    connection.settimeout(TIMEOUT_S)  # an accepted socket does not take over the listening one's
+    try:
+        for start in range(0, len(files), FILES_A_MESSAGE):
+            socket.send_fds(connection, [b"f"], files[start : start + FILES_A_MESSAGE])
+    except OSError as error:
+        raise MappingError(
+            f"experts cannot be sent to a peer: {error}; see the log of the others and `ulimit -n`"
+        ) from error
 
 
 def _user(connection: socket.socket) -> int:

@@ -208,17 +208,19 @@ def _mapped_by_peers(
             _peers(pages, file, block) for file, block in zip(files, blocks, strict=True)
         ]
 
-    def exchange() -> None:
-        files: list[int] = []
-        try:
-            for block in blocks:
-                files.append(pages.to_file(block.handle))
-            exchange_files(files, group, take)
-        finally:
-            for file in files:
-                os.close(file)
+    files: list[int] = []
 
-    _agreed(group, exchange)
+    def export() -> None:
+        for block in blocks:
+            files.append(pages.to_file(block.handle))
+
+    try:
+        # The exchange has collectives of its own: all ranks come to it or none.
+        _agreed(group, export)
+        _agreed(group, lambda: exchange_files(files, group, take))
+    finally:
+        for file in files:
+            os.close(file)
     for block in blocks:
         pages.release(block.handle)
     return seen_R

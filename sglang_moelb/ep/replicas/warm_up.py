@@ -2,16 +2,18 @@
 
 The first pass would else stall the other ranks into DeepEP's timeout.
 
-Shape letters: T tokens, N rows, K top-k, R ranks, E experts, S slots of a rank, W row width.
+Shape letters: T tokens, K top-k, R ranks, E experts, S slots of a rank, W row width, L MoE layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from sglang_moelb.ep.low.attach import some_rows
 from sglang_moelb.ep.replicas.memory import LayerExperts
 from sglang_moelb.kernels.count_experts import count_layers
 from sglang_moelb.kernels.place_replicas import place_replicas
@@ -19,33 +21,51 @@ from sglang_moelb.kernels.pull_experts import pull_experts
 from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.types import Topology
 
-BLOCK = 128  # rows of a group of DeepGEMM
 NUM_TOKENS = (16, 16384)  # `reroute` has one kernel for few tokens and one for many
 
 
-def warm_up(layer: Any, experts: LayerExperts, topology: Topology, rank: int) -> None:
-    """Launch every kernel once with rows of zeros, on CUDA; copies this rank's own first expert.
+def warm_up(
+    layer: Any, experts_L: Sequence[LayerExperts], topology: Topology, rank: int
+) -> None:
+    """Launch every kernel once with rows of zeros, on CUDA; `layer` is SGLang's first.
 
     DeepGEMM compiles for the number of experts with slots, all sizes on the first rank of a host:
     the caller lets the ranks wait for each other.
     """
-    num_slots = len(experts.w13) - experts.num_own
+    experts = experts_L[0]
+    num_places = len(experts.w13)
     for num_tokens in NUM_TOKENS:
         for dtype in (torch.int32, torch.int64):
-            _warm_routing(num_tokens, dtype, topology, num_slots, rank)
-    slots_RS = torch.full(
-        (topology.num_ranks, num_slots), -1, dtype=torch.int32, device=experts.w13.device
-    )
-    slots_RS[:, 0] = rank * experts.num_own
-    pull_experts(
-        (experts.w13_R, experts.w2_R),
-        slots_RS,
-        (experts.w13[experts.num_own :], experts.w2[experts.num_own :]),
-        my_rank=rank,
-    )
+            _warm_routing(num_tokens, dtype, topology, num_places - experts.num_own, rank)
+    pull_in_all_layers(experts_L, topology, rank)
     wide = SimpleNamespace(w13_weight=experts.w13, w2_weight=experts.w2)
-    layer.quant_method.apply(layer=wide, dispatch_output=_some_rows(layer, experts))
+    layer.quant_method.apply(layer=wide, dispatch_output=some_rows(layer, num_places))
     torch.cuda.synchronize()
+
+
+def pull_in_all_layers(
+    experts_L: Sequence[LayerExperts], topology: Topology, rank: int
+) -> None:
+    """Pull this rank's own first expert into slot 0, layer by layer.
+
+    The first pull of a layer brings its addresses to the device, which waits for the host: not in
+    a pass.
+    """
+    for experts in experts_L:
+        num_own = experts.num_own
+        slots_RS = torch.full(
+            (topology.num_ranks, len(experts.w13) - num_own),
+            -1,
+            dtype=torch.int32,
+            device=experts.w13.device,
+        )
+        slots_RS[:, 0] = rank * num_own
+        pull_experts(
+            (experts.w13_R, experts.w2_R),
+            slots_RS,
+            (experts.w13[num_own:], experts.w2[num_own:]),
+            my_rank=rank,
+        )
 
 
 def _warm_routing(
@@ -59,20 +79,3 @@ def _warm_routing(
         rows_RW, num_experts=topology.num_experts, num_slots=num_slots
     )
     reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=rank)
-
-
-def _some_rows(layer: Any, experts: LayerExperts) -> Any:
-    """As many rows as a group has, all of the first expert."""
-    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
-
-    weight = experts.w13
-    num_places, _, hidden_size = weight.shape
-    ids_NK = torch.full((BLOCK, layer.top_k), -1, dtype=torch.int64, device=weight.device)
-    ids_NK[:, 0] = 0
-    return DeepEPNormalDispatchOutput(
-        hidden_states=torch.zeros(BLOCK, hidden_size, dtype=weight.dtype, device=weight.device),
-        hidden_states_scale=None,
-        topk_ids=ids_NK,
-        topk_weights=torch.ones(ids_NK.shape, dtype=torch.float32, device=weight.device),
-        num_recv_tokens_per_expert=[BLOCK] + [0] * (num_places - 1),
-    )

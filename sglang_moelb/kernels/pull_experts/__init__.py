@@ -20,7 +20,7 @@ def pull_experts(
     staged_P: Sequence[Tensor],
     *,
     my_rank: int,
-    num_programs: int = 32,
+    num_programs: int = 16,
 ) -> None:
     """Copy the experts that a replica plan puts in this rank's slots, in one launch. Source: ours.
 

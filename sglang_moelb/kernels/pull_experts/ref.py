@@ -16,7 +16,7 @@ def pull_experts(
     staged_P: Sequence[Tensor],
     *,
     my_rank: int,
-    num_programs: int = 32,
+    num_programs: int = 16,
 ) -> None:
     """See `sglang_moelb.kernels.pull_experts`. Runs wherever its tensors are, with a sync."""
     check_pull(experts_PR, slots_RS, staged_P, my_rank, num_programs)
