@@ -23,6 +23,7 @@ from sglang_moelb.placement import (
     RankMemory,
     Replica,
     Sizes,
+    load,
     memory_of,
 )
 from sglang_moelb.types import Topology
@@ -55,7 +56,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
         expert_distribution_recorder_mode=None,
     )  # fmt: skip
     monkeypatch.setattr(attach.low, "expert_layers", lambda model: layers)
-    monkeypatch.setattr(attach, "_difference", lambda placement, group: None)
+    monkeypatch.setattr(attach, "_same_placement", lambda path, group: load(Path(path)))
 
     def begin(
         made: Placement, topology: Topology = TOPOLOGY, spoil: Callable[..., None] | None = None

@@ -51,17 +51,13 @@ def attach_resident(
     if not path:
         return None, ExpertMemory()
     layers = low.expert_layers(model_runner.model)
-    try:
-        placement = load(Path(path))
-    except PlacementError as error:
-        sys.exit(f"sglang_moelb: resident.placement: {error}")
+    placement = _same_placement(path, group.cpu_group)
     num_slots = num_slots_of(placement.layers, placement.sizes.num_ranks)
     refusal = (
         _misfit(placement, topology, layers)
         or _server_refusal(model_runner.server_args, layers)
         or low.refusal_of(Config(), layers)
         or _places_refusal(topology.experts_per_rank + num_slots)
-        or _difference(placement, group.cpu_group)
     )
     if refusal:
         what, why = refusal
@@ -95,6 +91,29 @@ def attach_resident(
         memory.before / (1 << 20),
     )
     return ResidentExperts(layers, stored_L, layouts_L, rank=rank), memory
+
+
+def _same_placement(path: str, group: dist.ProcessGroup) -> Placement:
+    """The placement that every rank has read for itself; ends all ranks where they differ.
+
+    Before any other check, which may end one rank and leave the others in this collective.
+    """
+    try:
+        placement = load(Path(path))
+        mine, error = hashlib.sha256(placement.to_json()).hexdigest(), None
+    except PlacementError as raised:
+        mine, error = "unreadable", raised
+    found: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if error is not None:
+        sys.exit(f"sglang_moelb: resident.placement: {error}")
+    if len(set(found)) > 1:
+        sys.exit(
+            f"sglang_moelb: resident.placement {path} cannot be used: ranks have read different "
+            "files, or some none: give all hosts the same one. Or start without "
+            "resident.placement."
+        )
+    return placement
 
 
 def _misfit(
@@ -142,16 +161,6 @@ def _places_refusal(num_places: int) -> tuple[str, str] | None:
         f"{num_places} experts on a rank",
         f"DeepEP sends to at most {MAX_PLACES}; calibrate with fewer --slots or more ranks",
     )
-
-
-def _difference(placement: Placement, group: dist.ProcessGroup) -> tuple[str, str] | None:
-    """Each rank reads the file for itself: they must have read the same one."""
-    mine = hashlib.sha256(placement.to_json()).hexdigest()
-    found: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    if len(set(found)) == 1:
-        return None
-    return "ranks have read different files", "give all hosts the same one"
 
 
 def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
