@@ -57,6 +57,7 @@ def attach_resident(
         _misfit(placement, topology, layers)
         or _server_refusal(model_runner.server_args, layers)
         or low.refusal_of(Config(), layers)
+        or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
     )
     if refusal:
@@ -152,6 +153,22 @@ def _server_refusal(server_args: Any, layers: Sequence[Any]) -> tuple[str, str] 
             "it counts as many experts as the model has, and copies are more; leave the flag out",
         )
     return None
+
+
+def _dtype_refusal(placement: Placement, layer: Any) -> tuple[str, str] | None:
+    """Experts smaller than the file counts: its copies would cost more than its cold experts free.
+
+    Larger ones free more, so they fit.
+    """
+    num_bytes = layer.w13_weight[0].nbytes + layer.w2_weight[0].nbytes
+    if num_bytes >= placement.expert_bytes.high:
+        return None
+    dtype = str(layer.w13_weight.dtype).removeprefix("torch.")
+    return (
+        f"it is for experts of {placement.expert_bytes.high} bytes at high precision",
+        f"those of this server take {num_bytes} in {dtype}; start with the --dtype of the "
+        f"checkpoint that was calibrated, or calibrate with a {dtype} checkpoint",
+    )
 
 
 def _places_refusal(num_places: int) -> tuple[str, str] | None:
