@@ -23,6 +23,7 @@ from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
 from sglang_moelb.types import Topology
 
@@ -72,6 +73,11 @@ def attach_resident(
         store(layer, place, rank=rank, group=group.device_group)
         for layer, place in zip(layers, layouts_L, strict=True)
     ]
+    refuse_updates(
+        layers[0],
+        "resident.placement",
+        "experts lie in other places than SGLang loads them into, and some in fp8",
+    )
     memory = ExpertMemory(before=before, after=high_bytes(layers) + _low_bytes(stored_L))
     if memory.after > memory.before:
         sys.exit(f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, "
