@@ -51,6 +51,7 @@ MACS_AMOUNTS_M = np.array([AMOUNT_ONE, AMOUNT_ONE // 2], dtype=np.int64)
 TEXT, VISION = 0, 1
 LOSING_SHARE = 0.05  # of a step
 
+
 def project(
     load: PassLoad,
     topology: Topology,

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sglang_moelb.ep.expert_rows import WEIGHTS
 from sglang_moelb.ep.replicas.device_pages import DevicePages
 from sglang_moelb.ep.replicas.exchange_files import exchange_files
 from sglang_moelb.ep.replicas.host_pages import HostPages
@@ -33,7 +34,6 @@ logger = logging.getLogger("sglang_moelb")
 __all__ = ["LayerExperts", "MappingError", "map_experts"]
 
 ALIGN_BYTES = 16  # of what is copied in words, and of what DeepGEMM reads by TMA
-NAMES = ("w13_weight", "w2_weight")
 Result = TypeVar("Result")
 
 
@@ -96,7 +96,7 @@ def map_experts(
     blocks: list[tuple[_Block, ...]] = []
     with _handles(pages) as made:
         slots = _agreed(
-            group, lambda: [_slots(pages, layers[0], name, num_slots, made) for name in NAMES]
+            group, lambda: [_slots(pages, layers[0], name, num_slots, made) for name in WEIGHTS]
         )
         try:
             _agreed(group, lambda: _move(pages, layers, slots, num_slots, blocks, made))
@@ -151,7 +151,7 @@ def _agreed(group: dist.ProcessGroup, step: Callable[[], Result]) -> Result:
 
 
 def _check_layers(layers: Sequence[Any]) -> None:
-    for name in NAMES:
+    for name in WEIGHTS:
         kinds = {
             (tuple(weight.shape), weight.dtype, weight.device)
             for weight in (getattr(layer, name) for layer in layers)
@@ -212,7 +212,7 @@ def _move(
     """
     for layer in layers:
         of_layer = []
-        for name, of_name in zip(NAMES, slots, strict=True):
+        for name, of_name in zip(WEIGHTS, slots, strict=True):
             parameter = getattr(layer, name)
             block = _block(pages, parameter.data, of_name, num_slots, made)
             parameter.data = block.own

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
+from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
@@ -28,8 +29,6 @@ from sglang_moelb.placement import Placement, PlacementError, layout, load, num_
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
-
-MAX_PLACES = 128  # experts a rank: an assertion of DeepEP's intranode dispatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,11 +177,11 @@ def _dtype_refusal(placement: Placement, layer: Any) -> tuple[str, str] | None:
 
 
 def _places_refusal(num_places: int) -> tuple[str, str] | None:
-    if num_places <= MAX_PLACES:
+    if num_places <= MAX_LOCAL_EXPERTS:
         return None
     return (
         f"{num_places} experts on a rank",
-        f"DeepEP sends to at most {MAX_PLACES}; calibrate with fewer --slots or more ranks",
+        f"DeepEP sends to at most {MAX_LOCAL_EXPERTS}; calibrate with fewer --slots or more ranks",
     )
 
 
