@@ -42,13 +42,16 @@ class Routes:
             return await self._change(body)
 
     async def _change(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        status = await self.status()
+        if "config" in status:  # a start may have gone without a lever that was to be ready
+            self._config = configuration.parse(status["config"])
         try:
             changes = configuration.decode_object(body, "body of /moelb/config")
             wanted = configuration.merge(self._config, _with_kill_switch(changes))
             hot_config.refuse_change(self._config, wanted)
         except ConfigError as error:
             return 400, {"error": str(error)}
-        state = (await self.status()).get("controller", {}).get("state", "gone")
+        state = status.get("controller", {}).get("state", "gone")
         if state in ("dead", "gone"):
             return 503, {"error": DEAD}
         numbers = {KNOB_PREFIX + k: v for k, v in hot_config.to_numbers(wanted).items()}

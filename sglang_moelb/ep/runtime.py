@@ -40,7 +40,6 @@ from sglang_moelb.types import Lever
 logger = logging.getLogger("sglang_moelb")
 
 
-
 class Runtime:
     """Drives observe, exchange, plan, apply and record of one rank."""
 

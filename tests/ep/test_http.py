@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from sglang_moelb.hot_config import (
     as_started,
     from_numbers,
     to_numbers,
+    without_replicas,
+    without_slots,
 )
 
 pytest.importorskip("sglang.srt.managers.io_struct")
@@ -88,6 +91,24 @@ def test_changes_at_the_same_time_are_not_lost(routes: Routes, manager: Manager)
 
     asyncio.run(both())
     assert manager.config() == merge(START, {"mode": "drop", "capacity": {"factor": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("mode", "without", "told"),
+    [
+        ("replicate", without_replicas, "has no memory for copies of experts"),
+        ("downgrade", without_slots, "has no memory for low-precision weights"),
+    ],
+)
+def test_a_lever_that_the_start_went_without_is_refused_by_name(
+    manager: Manager, mode: str, without: Callable[[Config], Config], told: str
+) -> None:
+    ready = as_started(merge(START, {mode: {"ready": True, "slots": 2}}))
+    manager.states[0]["moelb"]["config"] = msgspec.to_builtins(without(ready))
+    code, answer = change(Routes(manager, ready), {"mode": mode})
+    assert code == 400
+    assert told in answer["error"]
+    assert manager.sent == []
 
 
 def test_the_kill_switch_is_mode_none_and_keeps_the_rest(

@@ -165,8 +165,9 @@ def test_no_file_stays_open(ranks: Ranks) -> None:
 def refused(
     group: dist.ProcessGroup, rank: int, patch: Callable[[int], list[Layer]]
 ) -> tuple[str, bool]:
-    """The error, and whether the layers hold what they held."""
-    kept = files_module._host, HostPages.create, HostPages.to_file
+    """The error, and whether the layers hold what they held and no file stays open."""
+    kept = files_module._host, HostPages.create, HostPages.to_file, HostPages.map
+    num_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     layers = patch(rank)
     try:
         map_experts(layers, num_slots=NUM_SLOTS, rank=rank, group=group)
@@ -176,9 +177,10 @@ def refused(
             for number, layer in enumerate(layers)
             for name in SHAPES
         )
-        return str(error), fine
+        num_left = len(os.listdir("/proc/self/fd")) - num_files  # noqa: PTH208
+        return str(error), fine and num_left == 0
     finally:
-        files_module._host, HostPages.create, HostPages.to_file = kept  # type: ignore[method-assign]
+        files_module._host, HostPages.create, HostPages.to_file, HostPages.map = kept  # type: ignore
     return "", True
 
 
@@ -215,6 +217,20 @@ def no_file_of_a_block(rank: int) -> list[Layer]:
     return [Layer(rank, layer) for layer in range(NUM_LAYERS)]
 
 
+def no_addresses_for_a_peers_block(rank: int) -> list[Layer]:
+    map_pages, num_mapped = HostPages.map, 0
+
+    def counted(pages: HostPages, handle: int, num_bytes: int, address: int) -> None:
+        nonlocal num_mapped
+        num_mapped += 1
+        if rank == 1 and num_mapped == 18:  # four marks, twelve own, the second of a peer
+            raise MappingError("no addresses")
+        map_pages(pages, handle, num_bytes, address)
+
+    HostPages.map = counted  # type: ignore[method-assign]
+    return [Layer(rank, layer) for layer in range(NUM_LAYERS)]
+
+
 def odd_layer(rank: int) -> list[Layer]:
     layers = [Layer(rank, layer) for layer in range(NUM_LAYERS)]
     if rank == 1:
@@ -230,10 +246,11 @@ def odd_layer(rank: int) -> list[Layer]:
         (another_host, "rank 0: rank 0 is on host host0 and rank 2 on host1: .*use one host"),
         (no_memory_for_layer_1, "rank 1: no memory"),
         (no_file_of_a_block, "rank 1: no more open files"),
+        (no_addresses_for_a_peers_block, "rank 1: no addresses"),
         (odd_layer, "rank 1: w2_weight differs between layers"),
     ],
 )
-def test_what_one_rank_cannot_do_is_refused_on_all_and_the_layers_stay_usable(
+def test_what_one_rank_cannot_do_is_refused_on_all_and_layers_stay_usable_and_no_handle_is_left(
     ranks: Ranks, patch: Callable[[int], list[Layer]], told: str
 ) -> None:
     answers = ranks.run(refused, [patch] * 4)

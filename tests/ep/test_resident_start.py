@@ -23,11 +23,13 @@ from sglang_moelb.placement import (
     RankMemory,
     Replica,
     Sizes,
+    load,
     memory_of,
 )
 from sglang_moelb.types import Topology
 
 from .test_downgrade_start import lora, make_layer  # noqa: F401 - a fixture for all tests here
+from .test_downgrade_start import offload as no_offload  # noqa: F401 - the same
 
 TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=2, topk=2)
 WEIGHTS = 3 * 128 * 256
@@ -55,7 +57,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
         expert_distribution_recorder_mode=None,
     )  # fmt: skip
     monkeypatch.setattr(attach.low, "expert_layers", lambda model: layers)
-    monkeypatch.setattr(attach, "_difference", lambda placement, group: None)
+    monkeypatch.setattr(attach, "_same_placement", lambda path, group: load(Path(path)))
 
     def begin(
         made: Placement, topology: Topology = TOPOLOGY, spoil: Callable[..., None] | None = None
@@ -119,6 +121,19 @@ def test_the_experts_of_another_model_are_refused(start: Callable[..., Any]) -> 
     before, after = memory_of((LAYER, LAYER), TOPOLOGY, small)
     made = placement(expert_bytes=small, memory=RankMemory(before=before, after=after))
     with pytest.raises(SystemExit, match=r"experts of 2001 bytes in fp8.*calibrate with this"):
+        start(made)
+
+
+def test_experts_served_smaller_than_the_file_counts_are_refused_with_both_dtypes_bytes(
+    start: Callable[..., Any],
+) -> None:
+    wide = ExpertBytes(high=4 * WEIGHTS, low=WEIGHTS + 4 * WEIGHTS // 128**2)
+    before, after = memory_of((LAYER, LAYER), TOPOLOGY, wide)
+    made = placement(expert_bytes=wide, memory=RankMemory(before=before, after=after))
+    with pytest.raises(
+        SystemExit,
+        match=rf"{4 * WEIGHTS} bytes at high .* {2 * WEIGHTS} in bfloat16; start with the --dtype",
+    ):
         start(made)
 
 

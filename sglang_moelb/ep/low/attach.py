@@ -23,6 +23,7 @@ from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes_of
+from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.hot_config import wants_slots, without_slots
 
 logger = logging.getLogger("sglang_moelb")
@@ -64,11 +65,22 @@ def attach_downgrade(
         lanes=lanes_of(device),
         low_format=format_named(config.downgrade.format, layers),
     )
+    _refuse_updates(config, layers[0])
     if device.type == "cuda":
         warm_up(layers[0], staging, group)
     ledger = _ledger(model_runner, staging)
     flags = HostFlags(len(layers[0].w13_weight), device)
     return config, DowngradeLever(layers, rank, staging, flags), ledger
+
+
+def _refuse_updates(config: Config, layer: Any) -> None:
+    """Keep the weights as they are where something made of them is kept."""
+    name = config.downgrade.format
+    if config.downgrade.resident_layers:
+        what = f"downgrade.resident_layers {config.downgrade.resident_layers!r}"
+        refuse_updates(layer, what, "its copies are of the weights at start")
+    elif name in EMULATED and EMULATED[name][0].has_global:
+        refuse_updates(layer, f"downgrade.format {name}", "its global scales are of those at start")
 
 
 def expert_layers(model: torch.nn.Module) -> list[Any]:

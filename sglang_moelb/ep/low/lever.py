@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sglang_moelb.ep.expert_rows import dispose, in_dtype
 from sglang_moelb.ep.low.flags import HostFlags
 from sglang_moelb.ep.low.formats import LowFormat, LowWeights
 from sglang_moelb.ep.low.staging import Staging
@@ -93,13 +94,13 @@ def _run(
     low_output = low_format.quantised(dispatch_output)
     counts_e = dispatch_output.num_recv_tokens_per_expert
     if not any(n for n, low in zip(counts_e, low_e, strict=True) if not low):
-        _dispose(rows_NH)
-        return _as(low_format.run(module, low_output, weights), dtype)
+        dispose(rows_NH)
+        return in_dtype(low_format.run(module, low_output, weights), dtype)
     is_low_NK = (ids_NK >= 0) & (wanted_e != 0)[ids_NK.clamp(min=0)]
     high = module.quant_method.apply(
         layer=module, dispatch_output=_only(dispatch_output, ~is_low_NK, ~low_e)
     )
-    low = _as(low_format.run(module, _only(low_output, is_low_NK, low_e), weights), dtype)
+    low = in_dtype(low_format.run(module, _only(low_output, is_low_NK, low_e), weights), dtype)
     return high._replace(hidden_states=high.hidden_states + low.hidden_states, topk_ids=ids_NK)
 
 
@@ -110,15 +111,3 @@ def _only(dispatch_output: Any, kept_NK: torch.Tensor, kept_e: NDArray[np.bool_]
         topk_ids=dispatch_output.topk_ids.where(kept_NK, -1),
         num_recv_tokens_per_expert=[n if k else 0 for n, k in zip(counts_e, kept_e, strict=True)],
     )
-
-
-def _as(combine_input: Any, dtype: torch.dtype) -> Any:
-    return combine_input._replace(hidden_states=combine_input.hidden_states.to(dtype))
-
-
-def _dispose(rows_NH: torch.Tensor) -> None:
-    """Free the received rows, as SGLang's runner does once it has scattered them."""
-    if rows_NH.is_cuda:
-        from sglang.srt.utils import dispose_tensor
-
-        dispose_tensor(rows_NH)

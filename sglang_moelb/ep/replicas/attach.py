@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
+from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS, WEIGHTS
 from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers, offload_refusal
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.replicas.lever import ReplicateLever
@@ -25,9 +26,6 @@ from sglang_moelb.hot_config import wants_replicas, without_replicas
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
-
-MAX_LOCAL = 128  # experts a rank, own ones and slots: an assertion of DeepEP's intranode dispatch
-WEIGHTS = ("w13_weight", "w2_weight")
 
 
 def attach_replicas(
@@ -137,15 +135,14 @@ def _experts_refusal(layers: Sequence[Any]) -> tuple[str, str] | None:
     return None
 
 
-
 def _slots_refusal(num_slots: int, topology: Topology) -> tuple[str, str] | None:
-    most = MAX_LOCAL - topology.experts_per_rank
+    most = MAX_LOCAL_EXPERTS - topology.experts_per_rank
     if num_slots <= most:
         return None
     fix = f"use at most {most}" if most > 0 else "use more ranks"
     return (
         f"replicate.slots {num_slots}",
-        f"DeepEP sends to at most {MAX_LOCAL} experts a rank, of which the model has "
+        f"DeepEP sends to at most {MAX_LOCAL_EXPERTS} experts a rank, of which the model has "
         f"{topology.experts_per_rank}; {fix}",
     )
 

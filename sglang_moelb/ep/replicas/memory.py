@@ -12,8 +12,10 @@ Shape letters: R ranks.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,15 +23,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sglang_moelb.ep.expert_rows import WEIGHTS
 from sglang_moelb.ep.replicas.device_pages import DevicePages
 from sglang_moelb.ep.replicas.exchange_files import exchange_files
 from sglang_moelb.ep.replicas.host_pages import HostPages
 from sglang_moelb.ep.replicas.pages import MappingError, Pages, rounded_up
 
+logger = logging.getLogger("sglang_moelb")
+
 __all__ = ["LayerExperts", "MappingError", "map_experts"]
 
 ALIGN_BYTES = 16  # of what is copied in words, and of what DeepGEMM reads by TMA
-NAMES = ("w13_weight", "w2_weight")
 Result = TypeVar("Result")
 
 
@@ -89,12 +93,22 @@ def map_experts(
     pages = _agreed(group, lambda: _pages(layers[0].w13_weight.device))
     _agreed(group, lambda: _check_layers(layers))
     _try_peers(pages, rank, group)
-    slots = _agreed(group, lambda: [_slots(pages, layers[0], name, num_slots) for name in NAMES])
-    blocks = _agreed(group, lambda: [_moved(pages, layer, slots, num_slots) for layer in layers])
-    peers_R = _mapped_by_peers(pages, [one for pair in blocks for one in pair], rank, group)
-    for handle, num_bytes in slots:
-        if num_bytes:
-            pages.release(handle)
+    blocks: list[tuple[_Block, ...]] = []
+    with _handles(pages) as made:
+        slots = _agreed(
+            group, lambda: [_slots(pages, layers[0], name, num_slots, made) for name in WEIGHTS]
+        )
+        try:
+            _agreed(group, lambda: _move(pages, layers, slots, num_slots, blocks, made))
+            flat = [one for pair in blocks for one in pair]
+            peers_R = _mapped_by_peers(pages, flat, rank, group)
+        except MappingError:
+            logger.warning(
+                "sglang_moelb: %d layers have moved; %d bytes of slots stay mapped behind them",
+                len(blocks),
+                sum(num_bytes for _, num_bytes in slots) if blocks else 0,
+            )
+            raise
     return [
         LayerExperts(
             w13=w13.whole,
@@ -104,6 +118,17 @@ def map_experts(
         )
         for layer, (w13, w2) in enumerate(blocks)
     ]
+
+
+@contextmanager
+def _handles(pages: Pages) -> Iterator[list[int]]:
+    """A list of handles that are given back at the end, however it comes; what is mapped stays."""
+    made: list[int] = []
+    try:
+        yield made
+    finally:
+        for handle in made:
+            pages.release(handle)
 
 
 def _pages(device: torch.device) -> Pages:
@@ -126,7 +151,7 @@ def _agreed(group: dist.ProcessGroup, step: Callable[[], Result]) -> Result:
 
 
 def _check_layers(layers: Sequence[Any]) -> None:
-    for name in NAMES:
+    for name in WEIGHTS:
         kinds = {
             (tuple(weight.shape), weight.dtype, weight.device)
             for weight in (getattr(layer, name) for layer in layers)
@@ -146,9 +171,10 @@ def _check_layers(layers: Sequence[Any]) -> None:
 def _try_peers(pages: Pages, rank: int, group: dist.ProcessGroup) -> None:
     """Read a mark of every peer, so that what cannot work is told before anything has moved."""
     like = torch.full((1, pages.granule), rank + 1, dtype=torch.uint8)
-    marked = _agreed(group, lambda: _block(pages, like, slots=(0, 0), num_slots=0))
-    pages.settle()
-    seen_R = _mapped_by_peers(pages, [marked], rank, group)
+    with _handles(pages) as made:
+        marked = _agreed(group, lambda: _block(pages, like, (0, 0), 0, made))
+        pages.settle()
+        seen_R = _mapped_by_peers(pages, [marked], rank, group)
 
     def check() -> None:
         for peer, (seen,) in enumerate(seen_R):
@@ -159,30 +185,48 @@ def _try_peers(pages: Pages, rank: int, group: dist.ProcessGroup) -> None:
     _agreed(group, check)
 
 
-def _slots(pages: Pages, layer: Any, name: str, num_slots: int) -> tuple[int, int]:
+def _slots(
+    pages: Pages, layer: Any, name: str, num_slots: int, made: list[int]
+) -> tuple[int, int]:
     """Handle and bytes of the memory of one projection's slots; 0 and 0 for no slots."""
     num_bytes = rounded_up(num_slots * getattr(layer, name)[0].nbytes, pages.granule)
-    return (pages.create(num_bytes) if num_bytes else 0), num_bytes
+    return (_create(pages, num_bytes, made) if num_bytes else 0), num_bytes
 
 
-def _moved(
-    pages: Pages, layer: Any, slots: Sequence[tuple[int, int]], num_slots: int
-) -> tuple[_Block, ...]:
-    """Both projections of `layer` in new memory, with the slots mapped behind; frees the old."""
-    blocks = []
-    for name, of_name in zip(NAMES, slots, strict=True):
-        parameter = getattr(layer, name)
-        block = _block(pages, parameter.data, slots=of_name, num_slots=num_slots)
-        parameter.data = block.own
-        blocks.append(block)
-    pages.settle()
-    return tuple(blocks)
+def _create(pages: Pages, num_bytes: int, made: list[int]) -> int:
+    made.append(pages.create(num_bytes))
+    return made[-1]
 
 
-def _block(pages: Pages, experts: Tensor, *, slots: tuple[int, int], num_slots: int) -> _Block:
+def _move(
+    pages: Pages,
+    layers: Sequence[Any],
+    slots: Sequence[tuple[int, int]],
+    num_slots: int,
+    blocks: list[tuple[_Block, ...]],
+    made: list[int],
+) -> None:
+    """Both projections of each layer to new memory, slots mapped behind, into `blocks`.
+
+    Frees the old memory layer by layer.
+    """
+    for layer in layers:
+        of_layer = []
+        for name, of_name in zip(WEIGHTS, slots, strict=True):
+            parameter = getattr(layer, name)
+            block = _block(pages, parameter.data, of_name, num_slots, made)
+            parameter.data = block.own
+            of_layer.append(block)
+        pages.settle()
+        blocks.append(tuple(of_layer))
+
+
+def _block(
+    pages: Pages, experts: Tensor, slots: tuple[int, int], num_slots: int, made: list[int]
+) -> _Block:
     """A copy of `experts` that ends where a page does, and the memory `slots` behind it."""
     handle_bytes = rounded_up(experts.nbytes, pages.granule)
-    handle = pages.create(handle_bytes)
+    handle = _create(pages, handle_bytes, made)
     slots_handle, slots_bytes = slots
     address = pages.reserve(handle_bytes + slots_bytes)
     pages.map(handle, handle_bytes, address)
@@ -200,13 +244,21 @@ def _block(pages: Pages, experts: Tensor, *, slots: tuple[int, int], num_slots: 
 def _mapped_by_peers(
     pages: Pages, blocks: Sequence[_Block], rank: int, group: dist.ProcessGroup
 ) -> list[list[Tensor]]:
-    """The own experts of every rank's `blocks`, by rank; gives the handles back."""
+    """The own experts of every rank's `blocks`, by rank."""
     seen_R = [[block.own for block in blocks] for _ in range(dist.get_world_size(group))]
+    refused: list[MappingError] = []
 
     def take(peer: int, files: list[int]) -> None:
-        seen_R[peer] = [
-            _peers(pages, file, block) for file, block in zip(files, blocks, strict=True)
-        ]
+        left = iter(files)
+        try:
+            seen_R[peer] = [
+                _peers(pages, file, block) for file, block in zip(left, blocks, strict=True)
+            ]
+        except MappingError as error:
+            refused.append(error)  # told when no peer waits for this rank any more
+        finally:
+            for file in left:
+                os.close(file)
 
     files: list[int] = []
 
@@ -214,23 +266,26 @@ def _mapped_by_peers(
         for block in blocks:
             files.append(pages.to_file(block.handle))
 
+    def exchange() -> None:
+        exchange_files(files, group, take)
+        if refused:
+            raise refused[0]
+
     try:
         # The exchange has collectives of its own: all ranks come to it or none.
         _agreed(group, export)
-        _agreed(group, lambda: exchange_files(files, group, take))
+        _agreed(group, exchange)
     finally:
         for file in files:
             os.close(file)
-    for block in blocks:
-        pages.release(block.handle)
     return seen_R
 
 
 def _peers(pages: Pages, file: int, like: _Block) -> Tensor:
     """The experts behind `file`, which lie in their memory as `like.own` lies in its own."""
-    handle = pages.from_file(file)
-    address = pages.reserve(like.handle_bytes)
-    pages.map(handle, like.handle_bytes, address)
-    pages.release(handle)
+    with _handles(pages) as made:
+        made.append(pages.from_file(file))
+        address = pages.reserve(like.handle_bytes)
+        pages.map(made[0], like.handle_bytes, address)
     start = address + like.handle_bytes - like.own.nbytes
     return pages.tensor(start, like.own.nbytes).view(like.own.dtype).view(like.own.shape)

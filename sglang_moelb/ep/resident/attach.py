@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
+from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
-
-MAX_PLACES = 128  # experts a rank: an assertion of DeepEP's intranode dispatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,17 +51,14 @@ def attach_resident(
     if not path:
         return None, ExpertMemory()
     layers = low.expert_layers(model_runner.model)
-    try:
-        placement = load(Path(path))
-    except PlacementError as error:
-        sys.exit(f"sglang_moelb: resident.placement: {error}")
+    placement = _same_placement(path, group.cpu_group)
     num_slots = num_slots_of(placement.layers, placement.sizes.num_ranks)
     refusal = (
         _misfit(placement, topology, layers)
         or _server_refusal(model_runner.server_args, layers)
         or low.refusal_of(Config(), layers)
+        or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
-        or _difference(placement, group.cpu_group)
     )
     if refusal:
         what, why = refusal
@@ -75,6 +72,11 @@ def attach_resident(
         store(layer, place, rank=rank, group=group.device_group)
         for layer, place in zip(layers, layouts_L, strict=True)
     ]
+    refuse_updates(
+        layers[0],
+        "resident.placement",
+        "experts lie in other places than SGLang loads them into, and some in fp8",
+    )
     memory = ExpertMemory(before=before, after=high_bytes(layers) + _low_bytes(stored_L))
     if memory.after > memory.before:
         sys.exit(f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, "
@@ -95,6 +97,29 @@ def attach_resident(
         memory.before / (1 << 20),
     )
     return ResidentExperts(layers, stored_L, layouts_L, rank=rank), memory
+
+
+def _same_placement(path: str, group: dist.ProcessGroup) -> Placement:
+    """The placement that every rank has read for itself; ends all ranks where they differ.
+
+    Before any other check, which may end one rank and leave the others in this collective.
+    """
+    try:
+        placement = load(Path(path))
+        mine, error = hashlib.sha256(placement.to_json()).hexdigest(), None
+    except PlacementError as raised:
+        mine, error = "unreadable", raised
+    found: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if error is not None:
+        sys.exit(f"sglang_moelb: resident.placement: {error}")
+    if len(set(found)) > 1:
+        sys.exit(
+            f"sglang_moelb: resident.placement {path} cannot be used: ranks have read different "
+            "files, or some none: give all hosts the same one. Or start without "
+            "resident.placement."
+        )
+    return placement
 
 
 def _misfit(
@@ -135,23 +160,29 @@ def _server_refusal(server_args: Any, layers: Sequence[Any]) -> tuple[str, str] 
     return None
 
 
-def _places_refusal(num_places: int) -> tuple[str, str] | None:
-    if num_places <= MAX_PLACES:
+def _dtype_refusal(placement: Placement, layer: Any) -> tuple[str, str] | None:
+    """Experts smaller than the file counts: its copies would cost more than its cold experts free.
+
+    Larger ones free more, so they fit.
+    """
+    num_bytes = layer.w13_weight[0].nbytes + layer.w2_weight[0].nbytes
+    if num_bytes >= placement.expert_bytes.high:
         return None
+    dtype = str(layer.w13_weight.dtype).removeprefix("torch.")
     return (
-        f"{num_places} experts on a rank",
-        f"DeepEP sends to at most {MAX_PLACES}; calibrate with fewer --slots or more ranks",
+        f"it is for experts of {placement.expert_bytes.high} bytes at high precision",
+        f"those of this server take {num_bytes} in {dtype}; start with the --dtype of the "
+        f"checkpoint that was calibrated, or calibrate with a {dtype} checkpoint",
     )
 
 
-def _difference(placement: Placement, group: dist.ProcessGroup) -> tuple[str, str] | None:
-    """Each rank reads the file for itself: they must have read the same one."""
-    mine = hashlib.sha256(placement.to_json()).hexdigest()
-    found: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    if len(set(found)) == 1:
+def _places_refusal(num_places: int) -> tuple[str, str] | None:
+    if num_places <= MAX_LOCAL_EXPERTS:
         return None
-    return "ranks have read different files", "give all hosts the same one"
+    return (
+        f"{num_places} experts on a rank",
+        f"DeepEP sends to at most {MAX_LOCAL_EXPERTS}; calibrate with fewer --slots or more ranks",
+    )
 
 
 def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:

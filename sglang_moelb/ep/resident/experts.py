@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sglang_moelb.ep.expert_rows import dispose, in_dtype
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.choose_copy import choose_copy
@@ -69,29 +70,18 @@ class ResidentExperts:
             topk_ids=(ids_NK - stored.num_high).clamp(min=-1), num_recv_tokens_per_expert=low
         )
         if not any(high):
-            _free(rows_NH)
-            return _as(fp8.run(module, low_output, stored.low), dtype, ids_NK)
+            dispose(rows_NH)
+            low_done = in_dtype(fp8.run(module, low_output, stored.low), dtype)
+            return low_done._replace(topk_ids=ids_NK)
         high_ids_NK = ids_NK.where(ids_NK < stored.num_high, -1)
         done = _run_high(
             module,
             dispatch_output._replace(topk_ids=high_ids_NK, num_recv_tokens_per_expert=high),
         )
-        added = _as(fp8.run(module, low_output, stored.low), dtype, ids_NK)
-        return added._replace(hidden_states=done.hidden_states + added.hidden_states)
+        added = in_dtype(fp8.run(module, low_output, stored.low), dtype)
+        rows_NH = done.hidden_states + added.hidden_states
+        return added._replace(hidden_states=rows_NH, topk_ids=ids_NK)
 
 
 def _run_high(module: Any, dispatch_output: Any) -> Any:
     return module.quant_method.apply(layer=module, dispatch_output=dispatch_output)
-
-
-def _as(combine_input: Any, dtype: torch.dtype, ids_NK: torch.Tensor) -> Any:
-    rows_NH = combine_input.hidden_states.to(dtype)
-    return combine_input._replace(hidden_states=rows_NH, topk_ids=ids_NK)
-
-
-def _free(rows_NH: torch.Tensor) -> None:
-    """Free the received rows, as SGLang's runner does once it has scattered them."""
-    if rows_NH.is_cuda:
-        from sglang.srt.utils import dispose_tensor
-
-        dispose_tensor(rows_NH)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sglang_moelb.ep.expert_rows import WEIGHTS
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.low.fp8 import Fp8Weights
 from sglang_moelb.placement import LayerLayout
 
-WEIGHTS = ("w13_weight", "w2_weight")
 NAMES = ("w13", "w2", "w13_scale", "w2_scale")  # the tensors of Fp8Weights
 
 

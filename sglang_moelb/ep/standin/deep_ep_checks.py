@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.standin.deep_ep_types import EventOverlap
 
 topk_idx_t = torch.int64
 MAX_NUM_TOPK = 32  # a device assertion of DeepEP's intranode kernels: one lane of a warp a column
-MAX_LOCAL_EXPERTS = 128  # an assertion of the same kernels: one thread an expert of a rank
 SUPPORTED_NUM_RANKS = (2, 4, 8)
 COMBINE_DTYPES = (torch.bfloat16, torch.float32)
 
