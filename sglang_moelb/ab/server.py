@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -23,6 +24,7 @@ POLL_S = 0.25
 TERM_GRACE_S = 10.0
 CHILD_GRACE_S = 2.0  # for what is left of the group once the main process is gone
 LOG_TAIL_LINES = 25
+FREE_PORTS = range(20_000, 32_000)
 
 
 class ServerError(RuntimeError):
@@ -47,19 +49,34 @@ class Server:
 
 
 def pick_port(port: int | None) -> int:
-    """`port` if nothing listens there, or a free one if None. Raises `AbError` when in use."""
+    """`port` if nothing listens there, or a free one if None. Raises `AbError` when in use.
+
+    A free one is below the ports that systems give to outgoing connections: a server takes half a
+    minute to listen on it, and until then any connection might be given one of those.
+    """
+    if port is None:
+        # Not by the seeded generator: programs that run side by side must not try the same ports.
+        free = (secrets.choice(FREE_PORTS) for _ in FREE_PORTS)
+        return next(one for one in free if not _refusal(one))
+    if refusal := _refusal(port):
+        raise AbError(
+            f"--port {port}: cannot be used on {HOST} ({refusal}). End what listens "
+            "there, give another port, or leave --port out to take a free one."
+        )
+    return port
+
+
+def _refusal(port: int) -> str:
+    """Why nothing can listen on `port`, or ""."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port or 0))
+            probe.bind((HOST, port))
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-            raise AbError(
-                f"--port {port}: cannot be used on {HOST} ({error.strerror}). End what listens "
-                "there, give another port, or leave --port out to take a free one."
-            ) from error
-        return int(probe.getsockname()[1])
+            return str(error.strerror)
+    return ""
 
 
 @contextmanager

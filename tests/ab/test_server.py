@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ab.support import FAKE_SERVER
-from sglang_moelb.ab.server import ServerError, pick_port, serve
+from sglang_moelb.ab.server import FREE_PORTS, ServerError, pick_port, serve
 
 PARENT = """
 import subprocess, sys, time
@@ -106,3 +107,10 @@ def test_the_log_starts_with_the_command(tmp_path: Path) -> None:
     with serve(fake(port), port=port, log=tmp_path / "a" / "log", timeout_s=60):
         pass
     assert (tmp_path / "a" / "log").read_text().startswith(f"$ {sys.executable} ")
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_may_be_given() -> None:
+    assert all(pick_port(None) in FREE_PORTS for _ in range(50))
+    with socket.socket() as outgoing:
+        outgoing.bind(("127.0.0.1", 0))
+        assert outgoing.getsockname()[1] >= FREE_PORTS.stop

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import TypeAlias
 
 import pytest
 
+from sglang_moelb.ab.server import pick_port
 from sglang_moelb.demo.models import Kind, write_model
 from sglang_moelb.ep.standin.launch import A2A, cpu_environment, cpu_server_args
 
@@ -174,7 +174,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 
 def _start(wanted: _Wanted, model: Path, log: Path) -> Server:
-    port = _free_port()
+    port = pick_port(None)
     command = [sys.executable, "-m", "sglang.launch_server"]
     command += cpu_server_args(wanted.ranks, wanted.a2a, attention_dp=wanted.attention_dp)
     command += ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
@@ -202,12 +202,6 @@ def _wait_until_ready(server: Server) -> None:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(POLL_S)
     raise RuntimeError(f"the server was not ready in {READY_TIMEOUT_S:.0f} s; {server.tail()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _group_exists(group: int) -> bool:

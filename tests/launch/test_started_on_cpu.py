@@ -74,6 +74,7 @@ def test_stock_and_balanced_servers_start_from_their_scripts_and_agree(folder: P
     assert stock
 
 
+@pytest.mark.slow  # prefill and decode roles are parsed in CI's default
 def test_the_decode_role_starts_from_its_script_and_leaves_routing_alone(folder: Path) -> None:
     with started("decode", folder) as url:
         assert generate(url, bootstrap_host="2.2.2.2", bootstrap_room=0)
