@@ -21,7 +21,8 @@ from sglang_moelb.ep.replicas.memory import LayerExperts, MappingError
 from sglang_moelb.kernels.pull_experts import pull_experts
 from sglang_moelb.types import Topology
 
-unquant = pytest.importorskip("sglang.srt.layers.quantization.unquant")
+from .moe_layers import lora, make_layer, offload  # noqa: F401 - fixtures for all tests here
+
 REPLICATE = merge(Config(), {"mode": "replicate"})
 AUTO = merge(Config(), {"mode": "auto", "replicate": {"ready": True}})
 NUM_OWN, NUM_RANKS = 4, 2
@@ -31,47 +32,10 @@ TOPOLOGY = Topology(
 GROUP = SimpleNamespace(cpu_group="gloo")
 
 
-def make_layer() -> Any:
-    """A MoE layer of SGLang's, as far as the start asks it."""
-    method = object.__new__(unquant.UnquantizedFusedMoEMethod)
-    torch.nn.Module.__init__(method)
-    method.runner = SimpleNamespace(
-        runner_backend=SimpleNamespace(value="deep_gemm", is_deep_gemm=lambda: True)
-    )
-    normal = SimpleNamespace(
-        use_fp8=False, use_mxfp4=False, use_mxfp8=False, use_nvfp4=False,
-        deepep_output_dtype=SimpleNamespace(name="BF16"),
-    )  # fmt: skip
-    return SimpleNamespace(
-        w13_weight=torch.zeros(NUM_OWN, 16, 8, dtype=torch.bfloat16),
-        w2_weight=torch.zeros(NUM_OWN, 8, 8, dtype=torch.bfloat16),
-        quant_method=method,
-        dispatcher=SimpleNamespace(_inners=[SimpleNamespace(_normal_dispatcher=normal)]),
-        top_k=2,
-    )
-
-
-@pytest.fixture(autouse=True)
-def lora(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """SGLang's adapters: none."""
-    given = SimpleNamespace(enable_lora=False, lora_paths=None)
-    monkeypatch.setattr("sglang.srt.runtime_context.get_lora", lambda: given)
-    return given
-
-
-@pytest.fixture(autouse=True)
-def offload(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """SGLang's weights on the host: none."""
-    given = SimpleNamespace(cpu_offload_gb=0, offload_group_size=-1)
-    exec_ = SimpleNamespace(offload=given)
-    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: exec_)
-    return given
-
-
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that a model is found to have, whose experts are mapped."""
-    found = [make_layer() for _ in range(3)]
+    found = [make_layer(hidden=8, inner=8, num_experts=NUM_OWN) for _ in range(3)]
     monkeypatch.setattr(attach, "expert_layers", lambda model: found)
     monkeypatch.setattr(attach, "map_experts", mapped)
     return found

@@ -28,8 +28,8 @@ from sglang_moelb.placement import (
 )
 from sglang_moelb.types import Topology
 
-from .test_downgrade_start import lora, make_layer  # noqa: F401 - a fixture for all tests here
-from .test_downgrade_start import offload as no_offload  # noqa: F401 - the same
+from .moe_layers import lora, make_layer  # noqa: F401 - a fixture for all tests here
+from .moe_layers import offload as no_offload  # noqa: F401 - the same
 
 TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=2, topk=2)
 WEIGHTS = 3 * 128 * 256

@@ -14,8 +14,8 @@ from sglang_moelb.ep.low.attach import attach_downgrade
 from sglang_moelb.ep.memory import MemoryLedger
 from sglang_moelb.ep.weight_updates import refuse_updates
 
-from .test_downgrade_start import lora, make_layer  # noqa: F401 - a fixture for all tests here
-from .test_downgrade_start import offload as no_offload  # noqa: F401 - the same
+from .moe_layers import lora, make_layer  # noqa: F401 - a fixture for all tests here
+from .moe_layers import offload as no_offload  # noqa: F401 - the same
 
 updates = pytest.importorskip("sglang.srt.model_executor.model_runner_components.weight_updater")
 

@@ -5,17 +5,9 @@ The child process calls the ops on CPU tensors under `no_gpu_driver`, and prints
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from tests.kernels.compiled import compiled
 
 PROGRAM = """
 import json
@@ -49,19 +41,7 @@ print(json.dumps(jits))
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, list[str]]:
     """Every variant of each kernel that a few calls have compiled."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the lean CPU install has no Triton; CI installs it for this test")
-    child = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-6000:]
-    return json.loads(child.stdout)
+    return compiled(PROGRAM)
 
 
 def test_the_warm_up_meets_every_variant(ptx: dict[str, list[str]]) -> None:
