@@ -304,8 +304,9 @@ def main() -> None:
                 row = measure(mode, device, num_tokens, asked.passes)
                 show(row)
                 if asked.rows:
+                    told = {"device": name, "look_up": asked.look_up, **row}
                     with asked.rows.open("a") as file:
-                        file.write(json.dumps({"device": name, "look_up": asked.look_up, **row}) + "\n")
+                        file.write(json.dumps(told) + "\n")
         dist.destroy_process_group()
 
 
