@@ -29,6 +29,7 @@ from sglang_moelb.hot_config import wants_slots, without_slots
 logger = logging.getLogger("sglang_moelb")
 
 HOPPER = 9
+LOW_LATENCY = "_low_latency_dispatcher"  # of SGLang's dispatcher, where its mode has one
 
 
 def attach_downgrade(
@@ -106,8 +107,13 @@ def layers_named(text: str, num_layers: int) -> frozenset[int]:
     return frozenset(named)
 
 
-def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
-    """What keeps this server from downgrading, and why; None where nothing does."""
+def refusal_of(
+    config: Config, layers: Sequence[Any], *, prefills_only: bool = True
+) -> tuple[str, str] | None:
+    """What keeps this server from running experts at two precisions, and why; None if nothing does.
+
+    `prefills_only`: as levers do; resident copies act in decode too.
+    """
     from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
     from sglang.srt.runtime_context import get_lora
 
@@ -136,7 +142,7 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
         )
     return (
         offload_refusal()
-        or dispatch_refusal(layer)
+        or dispatch_refusal(layer, prefills_only=prefills_only)
         or (_activation_refusal(config.downgrade.format, runner.config) if is_emulated else None)
         or _device_refusal(layer, is_emulated)
     )
@@ -176,19 +182,21 @@ def _activation_refusal(name: str, config: Any) -> tuple[str, str] | None:
     return None
 
 
-def dispatch_refusal(layer: Any) -> tuple[str, str] | None:
-    """What of DeepEP's dispatch a lever on experts cannot work with, and the fix; None if all can.
+def dispatch_refusal(layer: Any, *, prefills_only: bool = True) -> tuple[str, str] | None:
+    """What of DeepEP's dispatch experts cannot be run otherwise with, and the fix; None if all can.
     """
     for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
         normal = getattr(dispatcher, "_normal_dispatcher", None)
-        if normal is None:
+        if normal is None and prefills_only:
             return "--deepep-mode low_latency", "such a lever acts in prefill only; use mode none"
-        if normal.use_fp8 or normal.use_mxfp4 or normal.use_mxfp8 or normal.use_nvfp4:
-            return (
-                f"dispatch of {normal.deepep_output_dtype.name}",
-                "rows must arrive at the model's precision; use "
-                "--deepep-dispatcher-output-dtype bf16",
-            )
+        low_latency = None if prefills_only else getattr(dispatcher, LOW_LATENCY, None)
+        for mode in filter(None, (normal, low_latency)):
+            if mode.use_fp8 or mode.use_mxfp4 or mode.use_mxfp8 or mode.use_nvfp4:
+                return (
+                    f"dispatch of {mode.deepep_output_dtype.name}",
+                    "rows must arrive at the model's precision; use "
+                    "--deepep-dispatcher-output-dtype bf16",
+                )
     return None
 
 
