@@ -104,7 +104,7 @@ def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Ten
 
 
 def quantise_rows_ue8m0(x_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in float8 e4m3 with a power of two for every 128 columns, as DeepGEMM takes them on SM100.
+    """Rows in float8 e4m3 with a power of two for every 128 columns: DeepGEMM's on SM100.
 
     The scale of a group is the least power of two that keeps its largest value within 448; finite
     groups equal DeepGEMM's `per_token_cast_to_fp8` with ue8m0, bit for bit. A group that holds NaN
