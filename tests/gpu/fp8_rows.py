@@ -1,7 +1,7 @@
 """Checks of `quantise_rows` and `silu_mul_quantise` on a CUDA device; run by check_fp8.py.
 
 Shape letters: T rows, H features, N gate and up features, I features between the two GEMMs,
-G groups.
+G groups, W words of four groups.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from fp8_inputs import assert_same_fp8, make_rows, no_host_sync
 
-from sglang_moelb.kernels.quantise_rows import quantise_rows, ref, silu_mul_quantise
+from sglang_moelb.kernels.quantise_rows import (
+    quantise_rows,
+    quantise_rows_ue8m0,
+    ref,
+    silu_mul_quantise,
+)
 from sglang_moelb.kernels.testing import assert_close
 
 # silu differs by an ulp of float32 between exp's, seldom enough to round to another bfloat16.
@@ -23,7 +28,8 @@ def check(*, small: bool) -> None:
     for num_rows, width in SMALL_SIZES if small else SIZES:
         check_rows(num_rows, width)
         check_silu(num_rows, 2 * width)
-    print("quantise_rows, silu_mul_quantise: equal")
+        check_powers_of_two(num_rows, width)
+    print("quantise_rows, quantise_rows_ue8m0, silu_mul_quantise: equal")
     if not small:
         check_many_rows()
         print("quantise_rows, silu_mul_quantise: equal beyond 2**31 elements")
@@ -46,6 +52,17 @@ def check_rows(num_rows: int, width: int) -> None:
             assert_same_fp8(name, expected[0][:num_valid], q_TH[:num_valid])
             assert_close(name, expected[1][:num_valid], scale_TG[:num_valid], tolerance=0.0)
             assert scale_TG.stride() == expected[1].stride(), name
+
+
+def check_powers_of_two(num_rows: int, width: int) -> None:
+    """`quantise_rows_ue8m0`; DeepGEMM's on SM100, but any device computes them."""
+    x_TH = make_rows(num_rows, width, special=True)
+    expected = ref.quantise_rows_ue8m0(x_TH)
+    with no_host_sync():
+        q_TH, scale_TW = quantise_rows_ue8m0(x_TH)
+    name = f"quantise_rows_ue8m0 T={num_rows} H={width}"
+    assert_same_fp8(name, expected[0], q_TH)
+    assert_close(name, expected[1], scale_TW, tolerance=0.0)
 
 
 def check_silu(num_rows: int, width: int) -> None:
