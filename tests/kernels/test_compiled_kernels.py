@@ -32,6 +32,7 @@ for start in (0, 1):
             weights, out, scales, wanted_E=numbers[start : start + 4], num_programs=num_programs
         )
 for num_rows in (5, 16, 1000):
+    rows.quantise_rows_ue8m0(torch.zeros(num_rows, 512).bfloat16())
     for column_major in (False, True):
         for count in (None, numbers[:1], numbers[1:2]):
             for op in (rows.quantise_rows, rows.silu_mul_quantise):
@@ -61,6 +62,7 @@ for max_rows in (1, 16):
             join.join_rows(done[:num_first], done[num_first:], numbers[start : start + 4])
 jits = {"convert": convert._convert, "quantise": rows._quantise}
 jits |= {"masked": rows._quantise_masked, "join": join._join}
+jits |= {"powers": rows._quantise_ue8m0}
 jits |= {"plan": plan._plan, "pull": pull._pull}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
@@ -82,6 +84,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "quantise": 4,  # gated or not, all rows or some
         "masked": 2,  # one program an expert and group, or more
         "join": 1,
+        "powers": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks
     }
@@ -91,7 +94,7 @@ def test_weights_and_rows_are_read_16_bytes_a_thread(ptx: dict[str, list[str]]) 
     for text in ptx["convert"]:
         assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10\b", text)
         assert len(re.findall(r"\bld\.global", text)) == 1  # wanted_E
-    for text in ptx["quantise"]:
+    for text in (*ptx["quantise"], *ptx["powers"]):
         wide = re.findall(r"\bld\.global\S*\.v4\.b32", text)
         assert len(re.findall(r"\bld\.global", text)) - len(wide) <= 1  # num_rows_valid
         assert wide
@@ -118,7 +121,7 @@ def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None
 
 
 def test_values_are_cast_by_the_instruction_that_saturates(ptx: dict[str, list[str]]) -> None:
-    for text in (*ptx["convert"], *ptx["quantise"], *ptx["masked"]):
+    for text in (*ptx["convert"], *ptx["quantise"], *ptx["masked"], *ptx["powers"]):
         assert "cvt.rn.satfinite.e4m3x2.f32" in text
         assert "div.rn.f32" in text
         assert ".ftz" not in text
