@@ -3,8 +3,8 @@
 Arguments, results and layout are those of `deep_ep` 2.1 without fp8; room for rows that have not
 come holds NaN, so that whoever reads it is found out. Runs on the host, in eager mode only.
 
-Shapes: T tokens of this rank, K top-k columns, R ranks, M = R * room for a rank's tokens, e local
-experts, H hidden size.
+Shapes: T tokens of this rank, K top-k columns, R ranks, M = R * room for a rank's tokens, N = M * K
+selections of all ranks, e local experts, H hidden size.
 Source of the semantics: DeepEP's documentation of `Buffer`.
 """
 
