@@ -86,6 +86,12 @@ def server(
     return serve("vl", *NO_CACHE, "--moelb-mode", "none", "--moelb-config", json.dumps(config))
 
 
+@pytest.fixture(scope="module")
+def in_normal_mode(server: Server) -> dict[str, Said]:
+    """What the server says that decodes in DeepEP's normal mode."""
+    return {name: say(server, prompt, num_tokens=8) for name, prompt in PROMPTS.items()}
+
+
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_answers_stay_close_to_those_without_it_in_prefill_and_decode(
     server: Server, exact: dict[str, Said], name: str
@@ -131,3 +137,19 @@ def test_levers_cannot_be_turned_on_beside_it(server: Server, changes: dict[str,
     code, answer = call(server, "/moelb/config", changes)
     assert code == 400
     assert "resident.placement" in answer["error"]
+
+
+def test_decode_in_low_latency_says_what_decode_in_normal_mode_says(
+    serve: Serve, in_normal_mode: dict[str, Said], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(make_placement().to_json())
+    config = {**SETTINGS, "resident": {"placement": str(path)}}
+    flags = ["--deepep-mode", "auto", "--moelb-mode", "none", "--moelb-config", json.dumps(config)]
+    server = serve("vl", *NO_CACHE, *flags)
+    for name, prompt in PROMPTS.items():
+        said, before = say(server, prompt, num_tokens=8), in_normal_mode[name]
+        assert said.prompt_logprobs == before.prompt_logprobs, "prefill runs as it did"
+        apart = [abs(a - b) for a, b in zip(said.logprobs, before.logprobs, strict=True)]
+        # Low rows are rounded to bfloat16 before they are weighed, and not after.
+        assert 0 < max(apart) < 0.1, name
