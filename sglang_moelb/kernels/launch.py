@@ -56,15 +56,16 @@ class Launcher:
         The first launch of a variant with tensors of these dtypes and alignments is Triton's own,
         which compiles. The kernel's globals are taken to stay as they are.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        key = (
-            variant,
-            tensors[0].device,
-            *[tensor.dtype for tensor in tensors],
-            *[address % ALIGNED_BYTES == 0 for address in addresses],
-        )
+        dtypes, places = [], 0
+        for tensor in tensors:
+            dtypes.append(tensor.dtype)
+            places |= tensor.data_ptr()
+        key = (variant, tensors[0].device, *dtypes)
+        if places % ALIGNED_BYTES:
+            key += tuple([tensor.data_ptr() % ALIGNED_BYTES == 0 for tensor in tensors])
         held = self._held.get(key)
-        if held is not None and all(-END_OF_INT32 <= number < END_OF_INT32 for number in integers):
+        fit = not integers or (min(integers) >= -END_OF_INT32 and max(integers) < END_OF_INT32)
+        if held is not None and fit:
             held.compiled[grid](*tensors, *integers, *held.constants)
             return
         compiled = self._kernel[grid](
