@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.kernels.reroute.ref import check_reroute
 
 DEAL_ENTRIES = 2048
@@ -291,8 +291,8 @@ def _sizes(topk: int, num_ranks: int, num_experts: int, num_slots: int, *, many:
         "ENTRY_BITS": (tile_tokens * tile_topk).bit_length() - 1,
     }
     return _Sizes(
-        prepare=Variant(common | {"TILE_DEAL": tile_deal}, num_warps=4),
-        apply=Variant(common | of_apply, num_warps=8),
+        prepare=variant_of(num_warps=4, **common, TILE_DEAL=tile_deal),
+        apply=variant_of(num_warps=8, **common, **of_apply),
         tile_tokens=tile_tokens,
         num_deals=-(-num_experts // tile_deal),
         words_of_deal=2 * num_experts * tile_ranks,
