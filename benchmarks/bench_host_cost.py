@@ -252,6 +252,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     for module, names in originals.items():
         vars(module).update(names)
     made.controller.stop()
+    KEPT.append(made)
     return {
         "mode": mode,
         "tokens": num_tokens,
@@ -262,6 +263,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     }
 
 
+KEPT: list[Any] = []  # memory that the driver has registered must not be mapped again
 WATCHED = (replica_plan, replica_lever, observe, runtime, records, open_pass, controller_link)
 
 
