@@ -41,7 +41,6 @@ from sglang_moelb.ep.replicas.memory import LayerExperts
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.kernels.launch import Launcher
 from sglang_moelb.types import Topology
 
 NUM_LAYERS, NUM_EXPERTS, TOPK, NUM_SLOTS = 12, 128, 8, 8
@@ -117,6 +116,8 @@ def compile_without_launching() -> None:
 
 def look_up_at_each_launch() -> None:
     """Forget what `Launcher` holds, at each launch."""
+    from sglang_moelb.kernels.launch import Launcher
+
     held = Launcher.__call__
 
     def launch(self: Launcher, *args: Any) -> None:
@@ -251,6 +252,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     for module, names in originals.items():
         vars(module).update(names)
     made.controller.stop()
+    KEPT.append(made)
     return {
         "mode": mode,
         "tokens": num_tokens,
@@ -261,6 +263,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     }
 
 
+KEPT: list[Any] = []  # memory that the driver has registered must not be mapped again
 WATCHED = (replica_plan, replica_lever, observe, runtime, records, open_pass, controller_link)
 
 

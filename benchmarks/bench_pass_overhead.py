@@ -41,6 +41,7 @@ from sglang_moelb.ep.modality import Requests, RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 from sglang_moelb.types import Topology
 
 NUM_LAYERS, NUM_EXPERTS, NUM_ROWS, TOPK = 12, 128, 1024, 8
@@ -195,6 +196,7 @@ def serve(rank: int, store: str, given: argparse.Namespace) -> None:
     """All passes of one rank; rank 0 checks and prints."""
     torch.set_num_threads(1)
     on_gpu = given.device == "cuda"
+    close_torchvision_gap()  # the status imports parts of SGLang, and it torchvision
     if on_gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(

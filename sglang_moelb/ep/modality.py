@@ -68,7 +68,7 @@ class EvenFlags:
         held = self._held.get(flag)
         if held is None or held.shape[0] < num_rows:
             held = self._held[flag] = input_ids_T.new_full((num_rows,), flag, dtype=torch.uint8)
-        return held[:num_rows]
+        return held if held.shape[0] == num_rows else held[:num_rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

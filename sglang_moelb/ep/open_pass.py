@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.agreed import Agreed, Sizes
-from sglang_moelb.ep.clock import HostMark, mark_on
+from sglang_moelb.ep.clock import HostMark, mark_on, stream_on
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
@@ -36,6 +36,7 @@ class Opening:
     has_images: bool
     flags_T: torch.Tensor | None
     begun: AnyMark
+    stream: torch.cuda.Stream | None
 
 
 class PassOpener:
@@ -75,8 +76,11 @@ class PassOpener:
             num_protected_tokens=requests.num_protected or int(requests is UNKNOWN_REQUESTS),
             phase=requests.phase,
         )
-        # Only the leader's times are read.
-        begun = mark_on(self._seat.device) if self._controller else HostMark()
+        device, stream = self._seat.device, None
+        begun: AnyMark = HostMark()
+        if self._controller:  # only the leader's times are read
+            stream = stream_on(device)
+            begun = mark_on(device, stream)
         wanted = self._controller.policy() if self._controller else self.policy
         self._agreement.start(wanted, mine)
         self._opening = Opening(
@@ -86,6 +90,7 @@ class PassOpener:
             # SGLang clamps the ids of images inside the forward; other batches have none.
             flags_T=self._flags(input_ids_T, requests, has_images) if prefills else None,
             begun=begun,
+            stream=stream,
         )
 
     def opened(self) -> PassLog | None:
@@ -119,6 +124,7 @@ class PassOpener:
             lever=lever,
             gate_reason=reason,
             begun=opening.begun,
+            stream=opening.stream,
             timed=self._is_timed(lever),
             flags_T=flags_T,
             tokens_L=[] if self._is_sampled() else None,

@@ -71,6 +71,7 @@ class Runtime:
         self._exchange = exchange
         self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
         self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
+        self._stream: torch.cuda.Stream | None = None  # of the marks
         self._seams_verified = False
 
     def note_requests(self, forward_batch: Any, batch: Any) -> None:
@@ -102,7 +103,7 @@ class Runtime:
                 return topk_output
             self._normal_log = log
         if log.timed:
-            self._marks = {}
+            self._marks, self._stream = {}, log.stream
             log.marks_L.append(self._marks)
             self._mark("dispatch")
         if log.tokens_L is not None:
@@ -187,7 +188,7 @@ class Runtime:
         """
         wanted = self._controller is not None
         if log.lever is Lever.NONE:
-            log.observing = mark_on(self._seat.device) if wanted else None
+            log.observing = mark_on(self._seat.device, log.stream) if wanted else None
             counts_RLW = observe(
                 log.ids_L,
                 self._flags_of(log, log.ids_L[0].shape[0]),
@@ -271,7 +272,7 @@ class Runtime:
 
     def _mark(self, part: str) -> None:
         if self._marks is not None:
-            self._marks[part] = mark_on(self._seat.device)
+            self._marks[part] = mark_on(self._seat.device, self._stream)
 
 
 def _is_normal(dispatcher: Any) -> bool:

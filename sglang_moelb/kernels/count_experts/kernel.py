@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import keys, row_layout
 from sglang_moelb.kernels.keys import KeyRule
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.types import Metric, Preference
 
 TILE_ENTRIES = 1024
@@ -287,32 +287,25 @@ def count_experts(
         return row_W, keys_TC
     ids_TC = ids_TC if ids_TC.stride(1) == 1 else ids_TC.contiguous()
     weights_TC = weights_TC if weights_TC.stride(1) == 1 else weights_TC.contiguous()
-    tile_tokens, tile_columns = _tile(num_columns)
-    _count[(triton.cdiv(num_tokens, tile_tokens),)](
-        ids_TC,
-        weights_TC,
-        flags_T,
-        flags_T if amounts_T is None else amounts_T,
-        row_W,
-        row_W if keys_TC is None else keys_TC,
-        num_tokens,
-        0,
-        0,
-        ids_TC.stride(0),
-        weights_TC.stride(0),
-        0 if key_rule is None else int(key_rule.metric),
-        0 if key_rule is None else int(key_rule.preference),
-        0 if key_rule is None else keys.hash_seed(key_rule.seed),
-        0 if key_rule is None else int(key_rule.routed_first),
-        NUM_EXPERTS=num_experts,
-        NUM_COLUMNS=num_columns,
-        TOPK=topk,
-        HAS_AMOUNTS=amounts_T is not None,
-        HAS_KEYS=key_rule is not None,
-        TILE_TOKENS=tile_tokens,
-        TILE_COLUMNS=tile_columns,
-        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
-        num_warps=8,
+    variant = _variant(
+        num_experts,
+        num_columns,
+        topk,
+        has_amounts=amounts_T is not None,
+        has_keys=keys_TC is not None,
+    )
+    _launch(
+        (-(-num_tokens // variant.constants["TILE_TOKENS"]), 1, 1),
+        variant,
+        (
+            ids_TC,
+            weights_TC,
+            flags_T,
+            flags_T if amounts_T is None else amounts_T,
+            row_W,
+            row_W if keys_TC is None else keys_TC,
+        ),
+        (num_tokens, 0, 0, ids_TC.stride(0), weights_TC.stride(0), *_rule_numbers(key_rule)),
     )
     return row_W, keys_TC
 
@@ -329,7 +322,7 @@ def count_layers(
         rows_LW = out_LW.zero_()
     if num_tokens == 0:
         return rows_LW
-    variant = _plain_variant(num_experts, topk)
+    variant = _variant(num_experts, topk, topk, has_amounts=False, has_keys=False)
     _launch(
         (-(-num_tokens // variant.constants["TILE_TOKENS"]), num_layers, 1),
         variant,
@@ -339,27 +332,33 @@ def count_layers(
     return rows_LW
 
 
-_launch = Launcher(_count)
+def _rule_numbers(key_rule: KeyRule | None) -> tuple[int, int, int, int]:
+    if key_rule is None:
+        return 0, 0, 0, 0
+    return (
+        int(key_rule.metric),
+        int(key_rule.preference),
+        keys.hash_seed(key_rule.seed),
+        int(key_rule.routed_first),
+    )
 
 
-@lru_cache(maxsize=64)
-def _plain_variant(num_experts: int, topk: int) -> Variant:
-    """Without amounts, keys or further columns."""
-    tile_tokens, tile_columns = _tile(topk)
-    constants = {
-        "NUM_EXPERTS": num_experts,
-        "NUM_COLUMNS": topk,
-        "TOPK": topk,
-        "HAS_AMOUNTS": False,
-        "HAS_KEYS": False,
-        "TILE_TOKENS": tile_tokens,
-        "TILE_COLUMNS": tile_columns,
-        "TILE_EXPERTS": max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
-    }
-    return Variant(constants, num_warps=8)
-
-
-def _tile(num_columns: int) -> tuple[int, int]:
-    """Tokens and columns of a tile, powers of 2."""
+@lru_cache(maxsize=256)
+def _variant(
+    num_experts: int, num_columns: int, topk: int, *, has_amounts: bool, has_keys: bool
+) -> Variant:
     tile_columns = triton.next_power_of_2(num_columns)
-    return max(1, TILE_ENTRIES // tile_columns), tile_columns
+    return variant_of(
+        num_warps=8,
+        NUM_EXPERTS=num_experts,
+        NUM_COLUMNS=num_columns,
+        TOPK=topk,
+        HAS_AMOUNTS=has_amounts,
+        HAS_KEYS=has_keys,
+        TILE_TOKENS=max(1, TILE_ENTRIES // tile_columns),
+        TILE_COLUMNS=tile_columns,
+        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
+    )
+
+
+_launch = Launcher(_count)
