@@ -84,6 +84,7 @@ def record(
         num_tokens_R=num_tokens_R,
         num_vision_tokens_R=(num_tokens_R * vision).astype(np.int64),
         num_protected_tokens_R=np.zeros(topology.num_ranks, dtype=np.int64),
+        num_refused_tokens_R=np.zeros(topology.num_ranks, dtype=np.int64),
         rows_LEM=rows_LEM,
         rows_after_LR=np.tile(after_R, (topology.num_layers, 1)),
         routed_mass=routed_mass,
