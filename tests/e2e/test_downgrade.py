@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any
 
 import pytest
 
@@ -23,6 +22,7 @@ from .talk import (
     call,
     change,
     passes_of,
+    said_under,
     say,
     say_together,
     status,
@@ -45,16 +45,6 @@ def server(serve: Serve) -> Server:
     server = serve("vl", *FLAGS)
     change(server, {"mode": "none", **SETTINGS})
     return server
-
-
-def said_under(
-    server: Server, changes: dict[str, Any], prompt: Any, **asked: Any
-) -> tuple[Said, list[dict[str, Any]]]:
-    """What the server says after `changes`, and the passes that took."""
-    change(server, changes)
-    said: list[Said] = []
-    passes = passes_of(server, lambda: said.append(say(server, prompt, **asked)))
-    return said[0], passes
 
 
 def apart(one: Said, other: Said) -> float:
