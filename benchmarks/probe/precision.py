@@ -236,7 +236,10 @@ def _settled(server: Server) -> dict[str, Any]:
 
 
 def low_share(before: dict[str, Any], after: dict[str, Any], found: Evaluation) -> float:
-    """Rows at low precision as a share of the prompts' rows in all MoE layers."""
+    """Rows at low precision as a share of the prompts' rows in all MoE layers.
+
+    Decode rows that run low in a pass of prompts are among the former only.
+    """
     num_low = after["totals"]["num_low_rows"] - before["totals"]["num_low_rows"]
     topology = after["topology"]
     num_tokens = sum(item.num_prompt_tokens for item in found.items)
