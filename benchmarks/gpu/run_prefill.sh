@@ -58,7 +58,7 @@ python3 -m benchmarks.gpu.bench_prefill "${servers[@]/#/--server=}" --skew-file 
   --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --outputs "$out/outputs-$size.json" \
   --out "$out/prefill-$size.jsonl"
 code=0
-[[ -z ${url_of[verdict]:-} ]] || timeout 150 python3 -m benchmarks.gpu.follow_verdict \
+[[ -z ${url_of[verdict]:-} ]] || timeout 300 python3 -m benchmarks.gpu.follow_verdict \
   --url "${url_of[verdict]}" --skew-file "$MOELB_BENCH_SKEW" --skews "${SKEWS:-1}" \
   --factor "${FACTOR:-1.0}" --tokens "$length" --requests "$((16 * num_gpus))" \
   --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --out "$out/verdict.jsonl" || code=$?

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+LOW_LATENCY = "_low_latency_dispatcher"  # of SGLang's dispatcher, where its mode has one
+
 
 def quantised_refusal(layers: Sequence[Any], why: str) -> tuple[str, str] | None:
     """A checkpoint whose experts are quantised."""
@@ -54,17 +56,19 @@ def offload_refusal() -> tuple[str, str] | None:
     return None
 
 
-def dispatch_refusal(layer: Any) -> tuple[str, str] | None:
-    """What of DeepEP's dispatch a lever on experts cannot work with, and the fix; None if all can.
+def dispatch_refusal(layer: Any, *, prefills_only: bool = True) -> tuple[str, str] | None:
+    """What of DeepEP's dispatch experts cannot be run otherwise with, and the fix; None if all can.
     """
     for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
         normal = getattr(dispatcher, "_normal_dispatcher", None)
-        if normal is None:
+        if normal is None and prefills_only:
             return "--deepep-mode low_latency", "such a lever acts in prefill only; use mode none"
-        if normal.use_fp8 or normal.use_mxfp4 or normal.use_mxfp8 or normal.use_nvfp4:
-            return (
-                f"dispatch of {normal.deepep_output_dtype.name}",
-                "rows must arrive at the model's precision; use "
-                "--deepep-dispatcher-output-dtype bf16",
-            )
+        low_latency = None if prefills_only else getattr(dispatcher, LOW_LATENCY, None)
+        for mode in filter(None, (normal, low_latency)):
+            if mode.use_fp8 or mode.use_mxfp4 or mode.use_mxfp8 or mode.use_nvfp4:
+                return (
+                    f"dispatch of {mode.deepep_output_dtype.name}",
+                    "rows must arrive at the model's precision; use "
+                    "--deepep-dispatcher-output-dtype bf16",
+                )
     return None

@@ -49,6 +49,10 @@ class Rows(NamedTuple):
     topk_weights: Tensor
     num_recv_tokens_per_expert: list[int]
 
+    @property
+    def format(self) -> Any:
+        return SimpleNamespace(is_deepep_ll=lambda: False)
+
 
 class Done(NamedTuple):
     """What goes to the combine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from sglang_moelb.config import Config, merge
 from sglang_moelb.ep.flags import take_arguments
 from sglang_moelb.ep.resident import attach
 from sglang_moelb.ep.resident.attach import ExpertMemory, attach_resident
+from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -54,7 +56,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
     layers = [make_layer() for _ in range(2)]
     server_args = SimpleNamespace(
         deepep_mode="normal", enable_memory_saver=False, cpu_offload_gb=0,
-        expert_distribution_recorder_mode=None,
+        expert_distribution_recorder_mode=None, enable_single_batch_overlap=False,
     )  # fmt: skip
     monkeypatch.setattr(attach.low, "expert_layers", lambda model: layers)
     monkeypatch.setattr(attach, "_same_placement", lambda path, group: load(Path(path)))
@@ -74,9 +76,21 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
     return begin
 
 
-def low_latency(server_args: Any, layers: list[Any]) -> None:
-    server_args.deepep_mode = "auto"
-    layers[0].dispatcher._inners[0]._low_latency_dispatcher = object()
+def give_low_latency(layers: list[Any], **changes: Any) -> None:
+    """A part of the dispatcher for low latency, as mode auto has it."""
+    for layer in layers:
+        inner = layer.dispatcher._inners[0]
+        inner._low_latency_dispatcher = copy.copy(inner._normal_dispatcher)
+        vars(inner._low_latency_dispatcher).update(changes)
+
+
+def fp8_in_decode(server_args: Any, layers: list[Any]) -> None:
+    dtype = SimpleNamespace(name="FP8")
+    give_low_latency(layers, use_fp8=True, deepep_output_dtype=dtype)
+
+
+def batch_overlap(server_args: Any, layers: list[Any]) -> None:
+    server_args.enable_single_batch_overlap = True
 
 
 def memory_saver(server_args: Any, layers: list[Any]) -> None:
@@ -92,7 +106,8 @@ def quantised(server_args: Any, layers: list[Any]) -> None:
 
 
 WRONG: list[tuple[Any, list[str]]] = [
-    (low_latency, ["--deepep-mode auto", "CUDA graphs", "use --deepep-mode normal"]),
+    (fp8_in_decode, ["dispatch of FP8", "--deepep-dispatcher-output-dtype bf16"]),
+    (batch_overlap, ["--enable-single-batch-overlap", "leave the flag out"]),
     (memory_saver, ["--enable-memory-saver", "leave the flag out"]),
     (offload, ["--cpu-offload-gb", "leave the flag out"]),
     (quantised, ["quantised checkpoint"]),
@@ -108,6 +123,28 @@ def test_a_server_that_cannot_use_it_ends_by_name(
     message = str(ended.value)
     assert message.startswith("sglang_moelb: resident.placement ")
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("modes", ["normal", "both", "low latency"])
+def test_deepep_sends_to_all_places_in_every_mode_that_the_server_has(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, modes: str
+) -> None:
+    stored = StoredLayer(num_high=2, num_low=3, low=None)
+    monkeypatch.setattr(attach, "store", lambda *args, **kwargs: stored)
+    found: list[Any] = []
+
+    def give(server_args: Any, layers: list[Any]) -> None:
+        if modes != "normal":
+            give_low_latency(layers)
+        inners = [layer.dispatcher._inners[0] for layer in layers]
+        if modes == "low latency":
+            for inner in inners:
+                del inner._normal_dispatcher
+        found.extend(mode for inner in inners for mode in vars(inner).values())
+
+    start(placement(), spoil=give)
+    assert len(found) == (4 if modes == "both" else 2)
+    assert [mode.num_experts for mode in found] == [2 * (4 + 1)] * len(found)
 
 
 def test_another_topology_is_refused_with_both(start: Callable[..., Any]) -> None:

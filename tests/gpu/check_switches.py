@@ -7,7 +7,8 @@ Passes of four MoE layers, each with rows, a plan and a form drawn at random: of
 or some experts. The experts run as in a server, SGLang's runner and ours, conversions on their
 own stream into two slots; one layer is resident. Every output must equal, bit for bit, that of its
 layer, rows and plan computed alone beforehand. Memory is read every hundred passes and must not
-grow. Then the same with the wait for conversions taken out: that must be found wrong.
+grow. Then with conversions that come late, which must be right, and the same with the wait for them
+taken out, which must be found wrong.
 No server; the exit status says. About a minute on an H100.
 
 Shape letters: E local experts, N rows, H hidden size.
@@ -20,6 +21,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from sglang_moelb.ep.low.staging import Staging
 
 NUM_LAYERS, NUM_SLOTS, RESIDENT = 4, 2, (2,)
 SAMPLE_PASSES = 100
+LATE_CYCLES = 4_000_000  # of the GPU's clock, about 2 ms, where a layer here takes less than one
 SIZES = {"cuda": LayerSizes(), "cpu": LayerSizes(num_experts=4, hidden=128, inner=128, topk=2)}
 # Rows of an expert, in turn; 0, 1 and the neighbours of DeepGEMM's 128 are among them.
 BATCHES = {
@@ -45,8 +48,19 @@ BATCHES = {
 }
 
 
-class DeafLanes(StreamLanes):
-    """Streams whose main lane does not wait for conversions."""
+class LateLanes(StreamLanes):
+    """Streams whose side lane is later than the rows that need what it makes."""
+
+    @contextmanager
+    def aside(self, after: tuple[Event, ...]) -> Iterator[None]:
+        """See `Lanes`."""
+        with super().aside(after):
+            torch.cuda._sleep(LATE_CYCLES)
+            yield
+
+
+class DeafLanes(LateLanes):
+    """The same, and the main lane does not wait for it."""
 
     def wait(self, event: Event) -> None:
         """Does not."""
@@ -214,9 +228,9 @@ def problems(outcome: Outcome) -> Iterator[str]:
             yield f"{name} memory grew from {max(values[:half])} to {max(values[half:])} bytes"
 
 
-def is_seen(layers: list[Any], cases: dict[str, dict[int, list[Case]]], device: Any) -> bool:
-    """Whether passes without the wait for conversions are found to be wrong."""
-    lever = make_lever(layers, DeafLanes(device), device)
+def is_wrong(layers: list[Any], cases: dict[str, dict[int, list[Case]]], lanes: Any) -> bool:
+    """Whether passes with conversions on `lanes` have a wrong value."""
+    lever = make_lever(layers, lanes, layers[0].w13_weight.device)
     low = {name: cases[name] for name in ("rank", "experts")}
     return bool(run_passes(lever, layers, low, 30, seed=1).wrong_P.any())
 
@@ -245,8 +259,10 @@ def main() -> int:
         f"bytes allocated, reserved, host: {first} after {SAMPLE_PASSES} passes, {last} at the end"
     )
     found = list(problems(outcome))
-    if device.type == "cuda" and not is_seen(layers, cases, device):
-        found.append("passes that do not wait for conversions were not found wrong")
+    if device.type == "cuda" and is_wrong(layers, cases, LateLanes(device)):
+        found.append("passes with late conversions are wrong")
+    if device.type == "cuda" and not is_wrong(layers, cases, DeafLanes(device)):
+        found.append("passes that do not wait for late conversions were not found wrong")
     print(*(f"FAIL: {text}" for text in found), sep="\n")
     print("not ok" if found else "ok", f"{time.perf_counter() - start_s:.0f} s")
     return 1 if found else 0

@@ -19,6 +19,7 @@ from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.convert_fp8 import kernel as convert
 from sglang_moelb.kernels.count_experts import kernel as counts_of
 from sglang_moelb.kernels.keys import KeyRule
+from sglang_moelb.kernels.join_rows import kernel as join
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.quantise_rows import kernel as rows
@@ -59,8 +60,19 @@ for start in (0, 1):
     staged = [torch.zeros(3, width).bfloat16() for width in (256, 128)]
     for my_rank in (0, 1):
         pull.pull_experts(experts, slots, staged, my_rank=my_rank, num_programs=20 + start)
+for max_rows in (16, 256):
+    for num_experts in (1, 3):
+        masked = torch.zeros(num_experts, max_rows, 512).bfloat16()
+        for count in (numbers[:num_experts], numbers[1 : 1 + num_experts]):
+            rows.quantise_masked_rows(masked, count)
+for max_rows in (1, 16):
+    for num_first in (1, 2):
+        done = torch.zeros(4, max_rows, 2048).bfloat16()
+        for start in (0, 1):
+            join.join_rows(done[:num_first], done[num_first:], numbers[start : start + 4])
 jits = {"convert": convert._convert, "quantise": rows._quantise}
 jits |= {"plan": plan._plan, "pull": pull._pull, "count": counts_of._count}
+jits |= {"masked": rows._quantise_masked, "join": join._join}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
     jits[name] = [variant.asm["ptx"] for variant in cache.values()]
@@ -79,6 +91,8 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
     assert {name: len(variants) for name, variants in ptx.items()} == {
         "convert": 2,  # one program an SM, or more
         "quantise": 4,  # gated or not, all rows or some
+        "masked": 2,  # one program an expert and group, or more
+        "join": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks
         "count": 5,  # with keys or not, with amounts or not; many layers at once
@@ -95,6 +109,15 @@ def test_weights_and_rows_are_read_16_bytes_a_thread(ptx: dict[str, list[str]]) 
         assert wide
 
 
+def test_masked_rows_are_read_and_joined_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:
+    for text in (*ptx["masked"], *ptx["join"]):
+        narrow = re.findall(r"\bld\.global(?!\S*\.v4\.b32)", text)
+        assert len(narrow) <= 1  # the number of rows
+        assert re.search(r"\bld\.global\S*\.v4\.b32", text)
+    for text in ptx["join"]:
+        assert not re.search(r"\bst\.global(?!\S*\.v4\.b32)", text)
+
+
 def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:
     for text in ptx["pull"]:
         loads = re.findall(r"\bld\.global\S*", text)
@@ -107,7 +130,7 @@ def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None
 
 
 def test_values_are_cast_by_the_instruction_that_saturates(ptx: dict[str, list[str]]) -> None:
-    for text in (*ptx["convert"], *ptx["quantise"]):
+    for text in (*ptx["convert"], *ptx["quantise"], *ptx["masked"]):
         assert "cvt.rn.satfinite.e4m3x2.f32" in text
         assert "div.rn.f32" in text
         assert ".ftz" not in text

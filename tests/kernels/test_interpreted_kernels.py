@@ -28,6 +28,7 @@ OPS = (
     "plan_downgrade",
     "convert_fp8",
     "quantise_rows",
+    "join_rows",
 )
 
 

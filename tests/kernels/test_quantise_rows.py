@@ -1,6 +1,7 @@
-"""`quantise_rows` and `silu_mul_quantise` give the rows of the format in both layouts of scales.
+"""`quantise_rows` and its siblings give the rows of the format in both layouts of scales.
 
-Shape letters: T rows, H features, N gate and up features, I features between the GEMMs, G groups.
+Shape letters: T rows, H features, N gate and up features, I features between the GEMMs, G groups,
+e local experts, M rows that one has room for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def quantise_rows(load_op: Callable) -> Callable:
 @pytest.fixture
 def silu_mul_quantise(load_op: Callable) -> Callable:
     return load_op("quantise_rows", "silu_mul_quantise")
+
+
+@pytest.fixture
+def quantise_masked_rows(load_op: Callable) -> Callable:
+    return load_op("quantise_rows", "quantise_masked_rows")
 
 
 def make_rows(num_rows: int, width: int, seed: int) -> Tensor:
@@ -179,3 +185,44 @@ def test_rows_that_do_not_fit_the_groups_are_refused(
         quantise_rows(torch.zeros(2, 130, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="have 384 columns, no multiple of 256"):
         silu_mul_quantise(torch.zeros(2, 384, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("width", [128, 384])
+@pytest.mark.parametrize(
+    "num_rows", [[0, 0, 0], [1, 0, 72], [72, 72, 72], [16, 17, 65], [64, 3, 0], []], ids=str
+)
+def test_the_first_rows_of_each_expert_are_quantised_as_alone(
+    quantise_masked_rows: Callable, num_rows: list[int], width: int
+) -> None:
+    x_eMH = make_rows(72 * len(num_rows), width, seed=8).view(len(num_rows), 72, width)
+    for expert, count in enumerate(num_rows):
+        x_eMH[expert, count:] = NAN  # room holds anything
+    q_eMH, scale_eMG = quantise_masked_rows(x_eMH, torch.tensor(num_rows, dtype=torch.int32))
+    assert q_eMH.shape == x_eMH.shape
+    assert q_eMH.is_contiguous()
+    for expert, count in enumerate(num_rows):
+        x_TH, q_TH, scale_TG = (one[expert, :count] for one in (x_eMH, q_eMH, scale_eMG))
+        assert_quantised(x_TH, q_TH, scale_TG)
+
+
+def test_scales_of_masked_rows_lie_as_deepgemm_takes_them(quantise_masked_rows: Callable) -> None:
+    numbers = torch.tensor([9, 3, 0], dtype=torch.int32)[1:]  # at an address of any alignment
+    x_eMH = make_rows(2 * 24, 384, seed=9).view(2, 24, 384)
+    q_eMH, scale_eMG = quantise_masked_rows(x_eMH, numbers)
+    assert scale_eMG.shape == (2, 24, 3)
+    assert scale_eMG.stride() == (3 * 24, 1, 24)
+    assert_quantised(x_eMH[0, :3], q_eMH[0, :3], scale_eMG[0, :3])
+
+
+def test_masked_rows_that_do_not_belong_together_are_refused(
+    quantise_masked_rows: Callable,
+) -> None:
+    x_eMH = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="one int32 an expert"):
+        quantise_masked_rows(x_eMH, torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="one int32 an expert"):
+        quantise_masked_rows(x_eMH, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="room for 6 rows"):
+        quantise_masked_rows(x_eMH[:, :6], torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"must be torch\.bfloat16"):
+        quantise_masked_rows(x_eMH.float(), torch.zeros(2, dtype=torch.int32))

@@ -55,9 +55,7 @@ def test_dispatch_refuses_by_name_what_it_cannot_do(
         buffer.dispatch(**{**kwargs, **change})
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"low_latency_mode": True}, {"num_rdma_bytes": 1}, {"enable_shrink": True}]
-)
+@pytest.mark.parametrize("kwargs", [{"num_rdma_bytes": 1}, {"enable_shrink": True}])
 def test_a_buffer_refuses_modes_it_lacks(kwargs: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(kwargs))):
         Buffer(SimpleNamespace(size=lambda: 2, rank=lambda: 0), **kwargs)

@@ -113,8 +113,13 @@ def layers_named(text: str, num_layers: int) -> frozenset[int]:
     return frozenset(named)
 
 
-def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
-    """What keeps this server from downgrading, and why; None where nothing does."""
+def refusal_of(
+    config: Config, layers: Sequence[Any], *, prefills_only: bool = True
+) -> tuple[str, str] | None:
+    """What keeps this server from running experts at two precisions, and why; None if nothing does.
+
+    `prefills_only`: as levers do; resident copies act in decode too.
+    """
     layer, is_emulated = layers[0], config.downgrade.format in EMULATED
     refusal = (
         quantised_refusal(
@@ -136,7 +141,7 @@ def refusal_of(config: Config, layers: Sequence[Any]) -> tuple[str, str] | None:
         )
     return (
         offload_refusal()
-        or dispatch_refusal(layer)
+        or dispatch_refusal(layer, prefills_only=prefills_only)
         or (_activation_refusal(config.downgrade.format, layer) if is_emulated else None)
         or _device_refusal(layer, is_emulated)
     )

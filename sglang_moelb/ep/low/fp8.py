@@ -3,7 +3,8 @@
 The runner takes its precision from the dtype of the weights that it is given with each call, so a
 layer is switched by giving it other weights and rows.
 
-Shape letters: e local experts of this rank, N received rows, H hidden size, J = 2I gate and up.
+Shape letters: e local experts of this rank, N received rows, M rows that DeepEP has room for in an
+expert in low latency, H hidden size, J = 2I gate and up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from sglang_moelb.kernels.convert_fp8 import convert_fp8
-from sglang_moelb.kernels.quantise_rows import quantise_rows
+from sglang_moelb.kernels.quantise_rows import quantise_masked_rows, quantise_rows
 
 BLOCK = 128
 
@@ -70,8 +71,19 @@ def quantised(dispatch_output: Any) -> Any:
     return dispatch_output._replace(hidden_states=q_NH, hidden_states_scale=scale)
 
 
+def quantised_masked(dispatch_output: Any) -> Any:
+    """As `quantised`, of a low-latency dispatch: of each expert the rows that have arrived."""
+    q_eMH, scale = quantise_masked_rows(
+        _bfloat16(dispatch_output.hidden_states), dispatch_output.masked_m
+    )
+    return dispatch_output._replace(hidden_states=q_eMH, hidden_states_scale=scale)
+
+
 def run(layer: Any, dispatch_output: Any, weights: Fp8Weights) -> Any:
-    """The experts of `layer` on rows from `quantised`; SGLang frees those. bfloat16 rows out."""
+    """The experts of `layer` on rows from `quantised` or `quantised_masked`; SGLang frees those.
+
+    bfloat16 rows out.
+    """
     from sglang.srt.layers.moe.moe_runner.deep_gemm import DeepGemmMoeQuantInfo
 
     quant_info = DeepGemmMoeQuantInfo(

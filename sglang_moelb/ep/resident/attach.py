@@ -23,7 +23,9 @@ from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.masked import run_masked, some_masked_rows
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.unfit import LOW_LATENCY
 from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
 from sglang_moelb.types import Topology
@@ -55,8 +57,8 @@ def attach_resident(
     num_slots = num_slots_of(placement.layers, placement.sizes.num_ranks)
     refusal = (
         _misfit(placement, topology, layers)
-        or _server_refusal(model_runner.server_args, layers)
-        or low.refusal_of(Config(), layers)
+        or _server_refusal(model_runner.server_args)
+        or low.refusal_of(Config(), layers, prefills_only=False)
         or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
     )
@@ -82,8 +84,8 @@ def attach_resident(
         sys.exit(f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, "
                  f"{memory.before} before: the placement is of another model")  # fmt: skip
     for layer, place in zip(layers, layouts_L, strict=True):
-        for inner in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
-            inner._normal_dispatcher.num_experts = topology.num_ranks * place.num_places
+        for mode in _modes(layer):
+            mode.num_experts = topology.num_ranks * place.num_places
     if layers[0].w13_weight.is_cuda:
         torch.cuda.empty_cache()  # SGLang sizes the KV cache from what the device has free
         _warm_up(layers[0], stored_L[0], group)
@@ -138,20 +140,19 @@ def _misfit(
     return None
 
 
-def _server_refusal(server_args: Any, layers: Sequence[Any]) -> tuple[str, str] | None:
-    for inner in getattr(layers[0].dispatcher, "_inners", [layers[0].dispatcher]):
-        if hasattr(inner, "_low_latency_dispatcher"):
-            return (
-                f"--deepep-mode {server_args.deepep_mode}",
-                "decode in low latency, under CUDA graphs, does not run two precisions yet; use "
-                "--deepep-mode normal",
-            )
+def _server_refusal(server_args: Any) -> tuple[str, str] | None:
     for flag, given in (
         ("--enable-memory-saver", server_args.enable_memory_saver),
         ("--cpu-offload-gb", server_args.cpu_offload_gb),
     ):
         if given:
             return flag, "the experts' memory is replaced at start and stays; leave the flag out"
+    if server_args.enable_single_batch_overlap:
+        return (
+            "--enable-single-batch-overlap",
+            "it overlaps the combine with one grouped run of all experts, and here are two; leave "
+            "the flag out",
+        )
     if server_args.expert_distribution_recorder_mode:
         return (
             f"--expert-distribution-recorder-mode {server_args.expert_distribution_recorder_mode}",
@@ -189,13 +190,30 @@ def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
     return sum(stored.low.num_bytes for stored in stored_L if stored.low is not None)
 
 
+def _modes(layer: Any) -> list[Any]:
+    """The parts of a layer's dispatcher for DeepEP's normal mode and for low latency, as it has.
+
+    DeepEP's buffer, which both share, is made for the `num_experts` of that which comes first.
+    """
+    names = ("_normal_dispatcher", LOW_LATENCY)
+    inners = getattr(layer.dispatcher, "_inners", [layer.dispatcher])
+    modes = [getattr(inner, name, None) for inner in inners for name in names]
+    return [mode for mode in modes if mode is not None]
+
+
 def _warm_up(layer: Any, stored: StoredLayer, group: Any) -> None:
     """Compile both precisions on all ranks before requests come, as `ep.low.attach.warm_up` does.
 
-    DeepGEMM compiles for a number of experts, which is the same in all layers and on all ranks.
+    DeepGEMM compiles for a number of experts, which is the same in all layers and on all ranks, and
+    for low latency other kernels than for prefill.
     """
-    layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
-    if stored.low is not None:
-        fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
+    for mode in _modes(layer):
+        if mode.dispatch_mode.is_low_latency():
+            places = stored.num_high + stored.num_low
+            run_masked(layer, some_masked_rows(layer, mode, places), stored)
+            continue
+        layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
+        if stored.low is not None:
+            fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
     torch.cuda.synchronize()
     dist.barrier(group=group.cpu_group)

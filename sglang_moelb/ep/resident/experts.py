@@ -1,6 +1,7 @@
 """Resident copies while serving: ids are mapped before every dispatch, experts run from two stores.
 
-Driven by SGLang's serving thread, in prefill and decode alike.
+Driven by SGLang's serving thread, in prefill and decode alike. A CUDA graph of decode holds the
+addresses of the maps and of all weights, so they stay where they are.
 
 Shape letters: T tokens, K top-k, N received rows, H hidden size, L MoE layers, E logical experts,
 C most copies of an expert.
@@ -15,6 +16,7 @@ import torch
 
 from sglang_moelb.ep.expert_rows import dispose, in_dtype
 from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.resident.masked import run_masked
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.choose_copy import choose_copy
 from sglang_moelb.placement import LayerLayout
@@ -56,9 +58,12 @@ class ResidentExperts:
     def run(self, module: Any, dispatch_output: Any) -> Any:
         """Run a layer's experts: at most one grouped run a precision, their rows added.
 
-        A row of several local experts, some high and some low, is the sum of both runs' shares.
+        In low latency the same in another layout, see `ep.resident.masked`. Else a row of several
+        local experts, some high and some low, is the sum of both runs' shares.
         """
         stored = self._stored[id(module)]
+        if dispatch_output.format.is_deepep_ll():
+            return run_masked(module, dispatch_output, stored)
         counts = dispatch_output.num_recv_tokens_per_expert
         high, low = counts[: stored.num_high], counts[stored.num_high :]
         if stored.low is None or not any(low):

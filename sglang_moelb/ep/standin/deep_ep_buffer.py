@@ -2,8 +2,9 @@
 
 The arguments, the results and the refusals are those of `deep_ep` 2.1, so that SGLang's
 `DeepEPDispatcher` runs unchanged. What the real one gives up at run time by a device assertion is
-a `ValueError` here; what the stand-in lacks (low latency, several nodes, cached handles, CUDA
-graphs) is refused by name. Runs on the host, with any backend that has `all_to_all_single`.
+a `ValueError` here; what the stand-in lacks (several nodes, cached handles, CUDA graphs) is refused
+by name. Runs on the host, with any backend that has `all_to_all_single`; low latency is
+`deep_ep_low_latency`'s.
 
 Shapes: T tokens of this rank, K top-k columns, R ranks, E experts, N rows received, H hidden size.
 Source of the semantics: DeepEP's documentation of `Buffer`, checked against the real one by
@@ -63,7 +64,6 @@ class Buffer:
         enable_shrink: bool = False,
         comm: object = None,
     ) -> None:
-        refuse("low_latency_mode", low_latency_mode, "start SGLang with --deepep-mode normal")
         refuse("num_rdma_bytes", num_rdma_bytes, "the stand-in knows one node only")
         refuse("enable_shrink", enable_shrink, "leave it out")
         refuse("comm", comm, "pass a torch.distributed group")
@@ -76,7 +76,7 @@ class Buffer:
         self.rank = group.rank()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = 0
-        self.low_latency_mode = False
+        self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
 
     def destroy(self) -> None:

@@ -73,6 +73,23 @@ SYMBOLS = (
         why="read by the reference experts",
     ),
     Symbol(
+        path=f"{_DISPATCHER}.DeepEPLLDispatchOutput",
+        parameters=(
+            "hidden_states",
+            "hidden_states_scale",
+            "topk_ids",
+            "topk_weights",
+            "masked_m",
+            "expected_m",
+        ),
+        why="read by the reference experts",
+    ),
+    Symbol(
+        path=f"{_DISPATCHER}.DeepEPLLCombineInput",
+        parameters=("hidden_states", "topk_ids", "topk_weights"),
+        why="made by the reference experts",
+    ),
+    Symbol(
         path=f"{_DISPATCHER}.DeepEPNormalCombineInput",
         parameters=("hidden_states", "topk_ids", "topk_weights"),
         why="made by the reference experts",
@@ -252,7 +269,7 @@ def _device_with_sms() -> Iterator[None]:
 
 def _apply(original: Callable[..., Any], method: Any, layer: Any, dispatch_output: Any) -> Any:
     """`forward_cuda` hands a DeepEP dispatch output to the runner; nothing in it is CUDA."""
-    if dispatch_output.format.is_deepep_normal():
+    if dispatch_output.format.is_deepep_normal() or dispatch_output.format.is_deepep_ll():
         return method.forward_cuda(layer, dispatch_output)
     return original(method, layer, dispatch_output)
 

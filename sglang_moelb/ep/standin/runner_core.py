@@ -5,6 +5,9 @@ Imports SGLang: load it only in a process in which the stand-in was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +17,10 @@ from sglang.srt.layers.moe.moe_runner.base import (
     MoeRunnerConfig,
 )
 from sglang.srt.layers.moe.token_dispatcher.base import CombineInput, DispatchOutput
-from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
+from sglang.srt.layers.moe.token_dispatcher.deepep import (
+    DeepEPLLCombineInput,
+    DeepEPNormalCombineInput,
+)
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
@@ -22,9 +28,11 @@ from sglang_moelb.ep.standin.experts import ACTIVATIONS, run_experts
 from sglang_moelb.ep.standin.low_experts import Fp8Experts, run_experts_fp8
 from sglang_moelb.kernels.fp8 import GROUP
 
+Run = Callable[[Any, Any, MoeRunnerConfig], torch.Tensor]
+
 
 class ReferenceRunnerCore(DispatchMoeRunnerCore):
-    """Runs the experts of a DeepEP normal dispatch on the host, in the precision of the weights."""
+    """Runs the experts of a DeepEP dispatch on the host, in the precision of the weights."""
 
     def __init__(self, config: MoeRunnerConfig) -> None:
         super().__init__(config)
@@ -44,16 +52,38 @@ class ReferenceRunnerCore(DispatchMoeRunnerCore):
     ) -> CombineInput:
         """From the rows of `dispatch` to the rows for `combine`, same order and dtype."""
         low = quant_info.w13_weight.dtype is torch.float8_e4m3fn
-        if not dispatch_output.format.is_deepep_normal() or quant_info.use_fp8 != low:
+        layout = dispatch_output.format
+        if not (layout.is_deepep_normal() or layout.is_deepep_ll()) or quant_info.use_fp8 != low:
             raise NotImplementedError(
-                f"stand-in: format {dispatch_output.format.value}, use_fp8={quant_info.use_fp8}: "
-                "only --deepep-mode normal with unquantised dispatch runs on CPU, and rows and "
-                "weights in float8"
+                f"stand-in: format {layout.value}, use_fp8={quant_info.use_fp8}: only DeepEP's "
+                "unquantised dispatch runs on CPU, and rows and weights in float8"
             )
-        hidden_states = (_run_fp8 if low else _run)(dispatch_output, quant_info, runner_config)
-        return DeepEPNormalCombineInput(
-            hidden_states, dispatch_output.topk_ids, dispatch_output.topk_weights
+        run, combine_input = (_run_fp8 if low else _run), DeepEPNormalCombineInput
+        if layout.is_deepep_ll():
+            run, combine_input = partial(_run_masked, run), DeepEPLLCombineInput
+        return combine_input(
+            run(dispatch_output, quant_info, runner_config),
+            dispatch_output.topk_ids,
+            dispatch_output.topk_weights,
         )
+
+
+def _run_masked(run: Run, dispatch_output: Any, quant_info: Any, config: Any) -> torch.Tensor:
+    """`run` on the rows that are there, each of one expert with weight 1; NaN where none is."""
+    rows_eMH, num_rows_e = dispatch_output.hidden_states, dispatch_output.masked_m.long()
+    is_there_eM = torch.arange(rows_eMH.shape[1]) < num_rows_e[:, None]
+    scale = dispatch_output.hidden_states_scale
+    ids_N1 = is_there_eM.nonzero()[:, :1]
+    there = SimpleNamespace(
+        hidden_states=rows_eMH[is_there_eM],
+        hidden_states_scale=None if scale is None else scale[is_there_eM],
+        topk_ids=ids_N1,
+        topk_weights=torch.ones(ids_N1.shape),
+    )
+    done_NH = run(there, quant_info, config)
+    out_eMH = done_NH.new_full(rows_eMH.shape, float("nan"))
+    out_eMH[is_there_eM] = done_NH
+    return out_eMH
 
 
 def _run(dispatch_output: Any, quant_info: Any, config: MoeRunnerConfig) -> torch.Tensor:

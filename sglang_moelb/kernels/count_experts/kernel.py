@@ -22,6 +22,8 @@ Shape letters: T tokens, C columns, K top-k, E experts, L layers, W row width.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import keys, row_layout
 from sglang_moelb.kernels.keys import KeyRule
+from sglang_moelb.kernels.launch import Launcher, Variant
 from sglang_moelb.types import Metric, Preference
 
 TILE_ENTRIES = 1024
@@ -360,34 +363,34 @@ def count_layers(
         rows_LW = out_LW.zero_()
     if num_tokens == 0:
         return rows_LW
-    tile_tokens, tile_columns = _tile(topk)
-    _count[(triton.cdiv(num_tokens, tile_tokens), num_layers)](
-        ids_LTK,
-        ids_LTK,
-        flags_T,
-        flags_T,
-        rows_LW,
-        rows_LW,
-        num_tokens,
-        ids_LTK.stride(0),
-        width,
-        ids_LTK.stride(1),
-        0,
-        0,
-        0,
-        0,
-        0,
-        NUM_EXPERTS=num_experts,
-        NUM_COLUMNS=topk,
-        TOPK=topk,
-        HAS_AMOUNTS=False,
-        HAS_KEYS=False,
-        TILE_TOKENS=tile_tokens,
-        TILE_COLUMNS=tile_columns,
-        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
-        num_warps=8,
+    variant = _plain_variant(num_experts, topk)
+    _launch(
+        (-(-num_tokens // variant.constants["TILE_TOKENS"]), num_layers, 1),
+        variant,
+        (ids_LTK, ids_LTK, flags_T, flags_T, rows_LW, rows_LW),
+        (num_tokens, ids_LTK.stride(0), width, ids_LTK.stride(1), 0, 0, 0, 0, 0),
     )
     return rows_LW
+
+
+_launch = Launcher(_count)
+
+
+@lru_cache(maxsize=64)
+def _plain_variant(num_experts: int, topk: int) -> Variant:
+    """Without amounts, keys or further columns."""
+    tile_tokens, tile_columns = _tile(topk)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "NUM_COLUMNS": topk,
+        "TOPK": topk,
+        "HAS_AMOUNTS": False,
+        "HAS_KEYS": False,
+        "TILE_TOKENS": tile_tokens,
+        "TILE_COLUMNS": tile_columns,
+        "TILE_EXPERTS": max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
+    }
+    return Variant(constants, num_warps=8)
 
 
 def _tile(num_columns: int) -> tuple[int, int]:

@@ -18,12 +18,15 @@ Shape letters: R ranks, W row width, E experts, S slots of a rank.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.launch import Launcher, Variant
 from sglang_moelb.kernels.place_replicas.ref import NUM_LIMITS, check_place
 
 STEPS_A_CHECK = 4  # whether a limit still runs is a maximum over lanes, as dear as a step
@@ -299,6 +302,30 @@ def _place(
     )
 
 
+@lru_cache(maxsize=64)
+def _sizes(num_ranks: int, num_experts: int, num_slots: int) -> tuple[Variant, int]:
+    """The variant for these sizes, and how many words of scratch it takes."""
+    num_local = num_experts // num_ranks
+    tile_ranks = triton.next_power_of_2(num_ranks)
+    tile_local = triton.next_power_of_2(num_local)
+    max_steps = num_ranks * (num_slots + 1) + STEPS_A_CHECK
+    copy_words = max_steps * NUM_LIMITS * WORDS_A_COPY * tile_local
+    list_words = 2 * tile_ranks * (tile_local + 1)
+    # So many that a thread has one column: four rows a thread are one load of 16 bytes.
+    num_warps = min(MAX_WARPS, max(MIN_WARPS, tile_local // 4))
+    tile_experts = tile_ranks * tile_local
+    constants = {
+        "NUM_RANKS": num_ranks,
+        "NUM_LOCAL": num_local,
+        "NUM_SLOTS": num_slots,
+        "TILE_RANKS": tile_ranks,
+        "TILE_LOCAL": tile_local,
+        "TILE_SOURCES": max(1, min(tile_ranks, SOURCE_ENTRIES * num_warps // tile_experts)),
+        "TILE_WRITE": WRITE_ENTRIES,
+    }
+    return Variant(constants, num_warps), list_words + copy_words
+
+
 def place_replicas(
     rows_RW: Tensor,
     *,
@@ -309,39 +336,21 @@ def place_replicas(
     min_rows: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `sglang_moelb.kernels.place_replicas`. Runs on the device of its tensors, no sync."""
-    num_ranks = len(rows_RW)
     check_place(rows_RW, num_experts, num_slots, (send_rows, receive_rows, min_rows))
     rows_RW = rows_RW if rows_RW.stride(1) == 1 else rows_RW.contiguous()
-    device, num_local = rows_RW.device, num_experts // num_ranks
-    tile_ranks = triton.next_power_of_2(num_ranks)
-    tile_local = triton.next_power_of_2(num_local)
-    max_steps = num_ranks * (num_slots + 1) + STEPS_A_CHECK
-    copy_words = max_steps * NUM_LIMITS * WORDS_A_COPY * tile_local
-    list_words = 2 * tile_ranks * (tile_local + 1)
-    scratch = torch.empty(list_words + copy_words, dtype=torch.int32, device=device)
+    num_ranks, device = rows_RW.shape[0], rows_RW.device
+    variant, num_words = _sizes(num_ranks, num_experts, num_slots)
+    scratch = torch.empty(num_words, dtype=torch.int32, device=device)
     slots_RS = torch.empty(num_ranks, num_slots, dtype=torch.int32, device=device)
     quota_ER = torch.empty(num_experts, num_ranks, dtype=torch.int32, device=device)
     times_2 = torch.empty(2, dtype=torch.int64, device=device)
-    # So many that a thread has one column: four rows a thread are one load of 16 bytes.
-    num_warps = min(MAX_WARPS, max(MIN_WARPS, tile_local // 4))
-    tile_experts = tile_ranks * tile_local
-    _place[(1,)](
-        rows_RW,
-        scratch,
-        slots_RS,
-        quota_ER,
-        times_2,
-        rows_RW.stride(0),
-        send_rows,
-        receive_rows,
-        max(min_rows, send_rows + 1),
-        NUM_RANKS=num_ranks,
-        NUM_LOCAL=num_local,
-        NUM_SLOTS=num_slots,
-        TILE_RANKS=tile_ranks,
-        TILE_LOCAL=tile_local,
-        TILE_SOURCES=max(1, min(tile_ranks, SOURCE_ENTRIES * num_warps // tile_experts)),
-        TILE_WRITE=WRITE_ENTRIES,
-        num_warps=num_warps,
+    _launch(
+        (1, 1, 1),
+        variant,
+        (rows_RW, scratch, slots_RS, quota_ER, times_2),
+        (rows_RW.stride(0), send_rows, receive_rows, max(min_rows, send_rows + 1)),
     )
     return slots_RS, quota_ER, times_2
+
+
+_launch = Launcher(_place)

@@ -135,7 +135,7 @@ def check_place(
     rows_RW: Tensor, num_experts: int, num_slots: int, costs: tuple[int, int, int]
 ) -> None:
     """Raise ValueError for sizes and costs that cannot be planned with. Host only, no sync."""
-    num_ranks = len(rows_RW)
+    num_ranks, width = rows_RW.shape
     if not 1 <= num_ranks <= MAX_RANKS:
         raise ValueError(f"{num_ranks} ranks: replicas are planned for 1 to {MAX_RANKS}")
     if num_experts == 0 or num_experts % num_ranks:
@@ -144,7 +144,7 @@ def check_place(
         raise ValueError(f"{num_experts // num_ranks} experts a rank: at most {MAX_LOCAL}")
     if not 0 <= num_slots <= MAX_SLOTS:
         raise ValueError(f"{num_slots} slots a rank: give 0 to {MAX_SLOTS}")
-    if rows_RW.shape[1] < layout.row_width(num_experts, with_histogram=False):
-        raise ValueError(f"rows of width {rows_RW.shape[1]} do not hold {num_experts} experts")
+    if width < layout.row_width(num_experts, with_histogram=False):
+        raise ValueError(f"rows of width {width} do not hold {num_experts} experts")
     if min(costs) < 0 or costs[2] < 1:
         raise ValueError(f"costs {costs}: at least 0 rows, and min_rows at least 1")

@@ -16,13 +16,16 @@ Shape letters: P parts of an expert's weights, R ranks, S slots of a rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sglang_moelb.kernels.launch import Launcher, Variant
 from sglang_moelb.kernels.pull_experts.ref import check_pull
 
 CHUNK_WORDS = 16384  # 64 KiB a program in flight: 16 programs fill the NVLink of an H100
@@ -70,10 +73,61 @@ def _pull(
         tl.store(staged + word, words, mask=inside)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Tensors that belong together: their addresses on the device, and the variant for them."""
+
+    table: Tensor
+    variant: Variant
+
+
+_known: dict[tuple[Any, ...], _Known] = {}
+
+
+def _look(
+    experts_PR: Sequence[Sequence[Tensor]],
+    slots_RS: Tensor,
+    staged_P: Sequence[Tensor],
+    my_rank: int,
+) -> _Known:
+    """Bring the addresses to the device, which waits for the host."""
+    addresses = [
+        tensor.data_ptr()
+        for experts_R, staged in zip(experts_PR, staged_P, strict=True)
+        for tensor in (*experts_R, staged)
+    ]
+    words_P = [
+        experts_R[0].stride(0) * experts_R[0].element_size() // WORD_BYTES
+        for experts_R in experts_PR
+    ]
+    num_ranks, num_slots = slots_RS.shape
+    constants = (
+        my_rank,
+        num_ranks,
+        num_slots,
+        experts_PR[0][0].shape[0],
+        words_P[0],
+        words_P[1] if len(words_P) > 1 else 0,
+    )
+    table = torch.tensor(addresses, dtype=torch.int64, device=slots_RS.device)
+    return _Known(table, _variant(*constants))
+
+
 @lru_cache(maxsize=1024)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """The addresses on the device; brought there at the first call, which waits for the host."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+def _variant(
+    my_rank: int, num_ranks: int, num_slots: int, num_local: int, words_0: int, words_1: int
+) -> Variant:
+    constants = {
+        "MY_RANK": my_rank,
+        "NUM_RANKS": num_ranks,
+        "NUM_SLOTS": num_slots,
+        "NUM_LOCAL": num_local,
+        "WORDS_0": words_0,
+        "WORDS_1": words_1,
+        "TILE_SLOTS": triton.next_power_of_2(num_slots),
+        "CHUNK": CHUNK_WORDS,
+    }
+    return Variant(constants, num_warps=16)
 
 
 def pull_experts(
@@ -85,29 +139,26 @@ def pull_experts(
     num_programs: int = 16,
 ) -> None:
     """See `sglang_moelb.kernels.pull_experts`. Runs on the device of its tensors, no sync."""
-    check_pull(experts_PR, slots_RS, staged_P, my_rank, num_programs)
-    num_ranks, num_slots = slots_RS.shape
-    if num_slots == 0:
-        return
-    addresses = tuple(
-        tensor.data_ptr()
-        for experts_R, staged in zip(experts_PR, staged_P, strict=True)
-        for tensor in (*experts_R, staged)
+    # What has been found to belong together is not looked through again in every layer.
+    key = (
+        slots_RS.device,
+        slots_RS.shape,
+        my_rank,
+        num_programs,
+        len(experts_PR),
+        *[
+            (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous())
+            for tensors in (*experts_PR, staged_P)
+            for tensor in tensors
+        ],
     )
-    words_P = [
-        experts_R[0].stride(0) * experts_R[0].element_size() // WORD_BYTES
-        for experts_R in experts_PR
-    ]
-    _pull[(num_programs,)](
-        _table(addresses, slots_RS.device),
-        slots_RS.contiguous(),
-        MY_RANK=my_rank,
-        NUM_RANKS=num_ranks,
-        NUM_SLOTS=num_slots,
-        NUM_LOCAL=len(experts_PR[0][0]),
-        WORDS_0=words_P[0],
-        WORDS_1=words_P[1] if len(words_P) > 1 else 0,
-        TILE_SLOTS=triton.next_power_of_2(num_slots),
-        CHUNK=CHUNK_WORDS,
-        num_warps=16,
-    )
+    known = _known.get(key)
+    if known is None:
+        check_pull(experts_PR, slots_RS, staged_P, my_rank, num_programs)
+        if slots_RS.shape[1] == 0:
+            return
+        known = _known[key] = _look(experts_PR, slots_RS, staged_P, my_rank)
+    _launch((num_programs, 1, 1), known.variant, (known.table, slots_RS.contiguous()))
+
+
+_launch = Launcher(_pull)

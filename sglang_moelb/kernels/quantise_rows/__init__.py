@@ -1,7 +1,7 @@
 """Activations from bf16 to fp8 for DeepGEMM's grouped GEMMs, alone or with SiLU-and-multiply.
 
 Shape letters: T rows, H features, N gate and up features (N = 2 * I), I features between the two
-GEMMs, G groups of 128 features.
+GEMMs, G groups of 128 features, e local experts, M rows that one has room for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels.quantise_rows import ref
 
-__all__ = ["quantise_rows", "silu_mul_quantise"]
+__all__ = ["quantise_masked_rows", "quantise_rows", "silu_mul_quantise"]
 
 
 def quantise_rows(
@@ -73,3 +73,30 @@ def silu_mul_quantise(
     return ref.silu_mul_quantise(
         gate_up_TN, num_rows_valid=num_rows_valid, column_major=column_major
     )
+
+
+def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_rows` of the first rows of each expert, as DeepEP's low-latency dispatch lays them.
+
+    Args:
+        x_eMH: bfloat16, H a multiple of 128, M one of 4, as every number of ranks times tokens that
+            DeepEP has room for is.
+        num_rows_e: int32 on the device of x, at most M: rows of an expert from it on are room,
+            their results are not defined.
+
+    Returns:
+        q_eMH float8_e4m3fn, contiguous, and scale_eMG float32 with memory along an expert's rows:
+        DeepGEMM's masked grouped GEMM on Hopper takes it as it is. Exact as `quantise_rows`; one
+        launch whose size does not depend on values, no host sync, can be captured.
+
+    Raises:
+        ValueError: as `quantise_rows`, or shapes that do not belong together.
+
+    Example: one expert with room for 4 rows and one there, of 4.48: q is 448 in that row, its scale
+    0.01; the other three rows are not read.
+    """
+    if x_eMH.is_cuda:
+        from sglang_moelb.kernels.quantise_rows import kernel
+
+        return kernel.quantise_masked_rows(x_eMH, num_rows_e)
+    return ref.quantise_masked_rows(x_eMH, num_rows_e)

@@ -1,11 +1,12 @@
-"""Triton kernels of `quantise_rows` and `silu_mul_quantise`: a program takes 32 rows of one group.
+"""Triton kernels of `quantise_rows` and its siblings: a program takes some rows of one group.
 
 Neighbouring programs take the groups of the same rows, so that memory is read in whole rows.
 
 Example: one group whose largest value is 448 is its own fp8 with the scale 1; one of -4.48 and 0.01
 has the scale 0.01 and the fp8 -448 and 1.
 
-Shape letters: T rows, H features, N gate and up features, I features between GEMMs, G groups.
+Shape letters: T rows, H features, N gate and up features, I features between GEMMs, G groups,
+e local experts, M rows that one has room for.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import fp8, fp8_device
-from sglang_moelb.kernels.quantise_rows.ref import check_rows, empty_scales
+from sglang_moelb.kernels.quantise_rows.ref import (
+    check_masked,
+    check_rows,
+    empty_masked_scales,
+    empty_scales,
+)
 
 TILE_ROWS = 32
 NUM_WARPS = 4
+# In decode an expert has few rows: a tile of them, and few programs that find nothing to do.
+MASKED_TILE_ROWS, MAX_WALKERS = 16, 4
 
 GROUP = fp8_device.GROUP
 
@@ -50,6 +58,54 @@ def _quantise(
         num_valid = tl.minimum(num_rows, tl.load(num_valid_ptr))
     if first_row >= num_valid:
         return
+    _quantise_tile(
+        x_ptr, q_ptr, scale_ptr, first_row, num_valid, group,
+        x_stride, scale_row_stride, scale_group_stride, NUM_GROUPS, IS_GATED, TILE_ROWS,
+    )  # fmt: skip
+
+
+# Of each expert only the rows that have arrived, so its programs walk over as many as those are.
+@triton.jit(do_not_specialize=["max_rows"], do_not_specialize_on_alignment=["num_rows_ptr"])
+def _quantise_masked(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    num_rows_ptr,
+    max_rows,
+    NUM_GROUPS: tl.constexpr,
+    NUM_WALKERS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    group = tl.program_id(0) % NUM_GROUPS
+    expert = tl.program_id(1).to(tl.int64)
+    num_rows = tl.load(num_rows_ptr + expert)
+    begin = tl.program_id(0) // NUM_GROUPS * TILE_ROWS
+    base = expert * max_rows
+    for first_row in range(begin, num_rows, NUM_WALKERS * TILE_ROWS):
+        _quantise_tile(
+            x_ptr + base * (NUM_GROUPS * GROUP),
+            q_ptr + base * (NUM_GROUPS * GROUP),
+            scale_ptr + base * NUM_GROUPS,
+            first_row, num_rows, group,
+            NUM_GROUPS * GROUP, 1, max_rows, NUM_GROUPS, False, TILE_ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantise_tile(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    first_row,
+    num_valid,
+    group,
+    x_stride,
+    scale_row_stride,
+    scale_group_stride,
+    NUM_GROUPS: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
     row = first_row + tl.arange(0, TILE_ROWS)
     inside = (row < num_valid)[:, None]
     column = group * GROUP + tl.arange(0, GROUP)[None, :]
@@ -79,6 +135,28 @@ def silu_mul_quantise(
 ) -> tuple[Tensor, Tensor]:
     """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
     return _launch(gate_up_TN, num_rows_valid, column_major, is_gated=True)
+
+
+def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
+    num_experts, max_rows, num_groups = check_masked(x_eMH, num_rows_e)
+    x_eMH = x_eMH.contiguous()
+    q_eMH = torch.empty(x_eMH.shape, dtype=torch.float8_e4m3fn, device=x_eMH.device)
+    scale_eMG = empty_masked_scales(num_experts, max_rows, num_groups, x_eMH.device)
+    num_walkers = min(MAX_WALKERS, triton.cdiv(max_rows, MASKED_TILE_ROWS))
+    if q_eMH.numel():
+        _quantise_masked[(num_walkers * num_groups, num_experts)](
+            x_eMH,
+            q_eMH,
+            scale_eMG,
+            num_rows_e,
+            max_rows,
+            NUM_GROUPS=num_groups,
+            NUM_WALKERS=num_walkers,
+            TILE_ROWS=MASKED_TILE_ROWS,
+            num_warps=NUM_WARPS,
+        )
+    return q_eMH, scale_eMG
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""Reference of `quantise_rows` and `silu_mul_quantise` in plain torch. Letters: the package."""
+"""Reference of `quantise_rows` and its siblings in plain torch. Letters: the package."""
 
 from __future__ import annotations
 
@@ -29,6 +29,34 @@ def silu_mul_quantise(
     gate_TI, up_TI = gate_up_TN.float().chunk(2, dim=1)
     act_TI = (silu(gate_TI) * up_TI).bfloat16()
     return quantise_rows(act_TI, num_rows_valid=num_rows_valid, column_major=column_major)
+
+
+def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs wherever its tensors are."""
+    num_experts, max_rows, num_groups = check_masked(x_eMH, num_rows_e)
+    q_TH, scale_TG = quantise_rows(x_eMH.reshape(-1, x_eMH.shape[2]))
+    scale_eMG = empty_masked_scales(num_experts, max_rows, num_groups, x_eMH.device)
+    return q_TH.view(x_eMH.shape), scale_eMG.copy_(scale_TG.view(scale_eMG.shape))
+
+
+def check_masked(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[int, int, int]:
+    """Experts, rows of one and groups of columns; ValueError for what does not belong together."""
+    num_experts, max_rows, _ = x_eMH.shape
+    if num_rows_e.shape != (num_experts,) or num_rows_e.dtype != torch.int32:
+        raise ValueError(
+            f"rows of {num_experts} experts, their numbers are {num_rows_e.dtype} "
+            f"{tuple(num_rows_e.shape)}: give one int32 an expert"
+        )
+    if max_rows % TMA_ALIGNMENT:
+        raise ValueError(f"room for {max_rows} rows an expert, no multiple of {TMA_ALIGNMENT}")
+    return num_experts, max_rows, check_rows(x_eMH[0], GROUP)[1] if num_experts else 0
+
+
+def empty_masked_scales(
+    num_experts: int, max_rows: int, num_groups: int, device: torch.device
+) -> Tensor:
+    """Memory for scale_eMG, along the rows of an expert."""
+    return torch.empty(num_experts, num_groups, max_rows, device=device).transpose(1, 2)
 
 
 def check_rows(x_TH: Tensor, multiple: int) -> tuple[int, int]:

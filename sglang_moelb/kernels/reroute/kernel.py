@@ -18,12 +18,16 @@ Shape letters: T tokens, K top-k, R ranks, W row width, E experts, S slots.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.launch import Launcher, Variant
 from sglang_moelb.kernels.reroute.ref import check_reroute
 
 DEAL_ENTRIES = 2048
@@ -83,6 +87,12 @@ def _deal(
 
 
 @triton.jit
+def _parts(scratch_ptr, NUM_ENTRIES: tl.constexpr):
+    """Where the deal is, ends and physical ids, and behind it the counts of the tiles."""
+    return scratch_ptr, scratch_ptr + NUM_ENTRIES, scratch_ptr + 2 * NUM_ENTRIES
+
+
+@triton.jit
 def _has_copies(slots_ptr, NUM_ENTRIES: tl.constexpr, TILE_PLAN: tl.constexpr):
     entry = tl.arange(0, TILE_PLAN)
     held = tl.load(slots_ptr + entry, mask=entry < NUM_ENTRIES, other=-1)
@@ -95,9 +105,7 @@ def _prepare(
     rows_ptr,
     slots_ptr,
     quota_ptr,
-    counts_ptr,
-    ends_ptr,
-    physical_ptr,
+    scratch_ptr,
     num_tokens,
     num_tiles,
     ids_stride,
@@ -114,6 +122,7 @@ def _prepare(
     TILE_DEAL: tl.constexpr,
     TILE_PLAN: tl.constexpr,
 ):
+    ends_ptr, physical_ptr, counts_ptr = _parts(scratch_ptr, NUM_EXPERTS * TILE_RANKS)
     tile = tl.program_id(0)
     copies = True
     if TILE_PLAN > 0:
@@ -187,9 +196,7 @@ def _first_positions(counts_ptr, tile, TILE_EXPERTS: tl.constexpr, TILE_COUNTS: 
 def _apply(
     ids_ptr,
     slots_ptr,
-    counts_ptr,
-    ends_ptr,
-    physical_ptr,
+    scratch_ptr,
     out_ptr,
     num_tokens,
     ids_stride,
@@ -206,6 +213,7 @@ def _apply(
     ENTRY_BITS: tl.constexpr,
     TILE_PLAN: tl.constexpr,
 ):
+    ends_ptr, physical_ptr, counts_ptr = _parts(scratch_ptr, NUM_EXPERTS * TILE_RANKS)
     tile = tl.program_id(0)
     copies = True
     if TILE_PLAN > 0:
@@ -244,6 +252,53 @@ def _apply(
         tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Variants of both kernels, and what the launch and the scratch follow from."""
+
+    prepare: Variant
+    apply: Variant
+    tile_tokens: int
+    num_deals: int
+    words_of_deal: int
+    words_a_tile: int
+
+
+@lru_cache(maxsize=64)
+def _sizes(topk: int, num_ranks: int, num_experts: int, num_slots: int, *, many: bool) -> _Sizes:
+    tile_experts = max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts))
+    tile_ranks = triton.next_power_of_2(num_ranks)
+    tile_topk = triton.next_power_of_2(topk)
+    tile_tokens = max(1, (TILE_ROWS if many else TILE_ROWS // 2) // tile_topk)
+    tile_deal = max(1, min(tile_experts, DEAL_ENTRIES // tile_ranks))
+    num_entries = num_ranks * num_slots
+    has_few = 0 < num_entries <= MAX_PLAN_ENTRIES
+    common = {
+        "TOPK": topk,
+        "NUM_RANKS": num_ranks,
+        "NUM_EXPERTS": num_experts,
+        "NUM_SLOTS": num_slots,
+        "TILE_PLAN": triton.next_power_of_2(num_entries) if has_few else 0,
+        "TILE_TOKENS": tile_tokens,
+        "TILE_TOPK": tile_topk,
+        "TILE_EXPERTS": tile_experts,
+        "TILE_RANKS": tile_ranks,
+    }
+    of_apply = {
+        "TILE_COUNTS": max(1, COUNT_ENTRIES // tile_experts),
+        "SEARCH_STEPS": tile_ranks.bit_length() - 1,
+        "ENTRY_BITS": (tile_tokens * tile_topk).bit_length() - 1,
+    }
+    return _Sizes(
+        prepare=Variant(common | {"TILE_DEAL": tile_deal}, num_warps=4),
+        apply=Variant(common | of_apply, num_warps=8),
+        tile_tokens=tile_tokens,
+        num_deals=-(-num_experts // tile_deal),
+        words_of_deal=2 * num_experts * tile_ranks,
+        words_a_tile=tile_experts,
+    )
+
+
 def reroute(
     ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, *, my_rank: int
 ) -> Tensor:
@@ -255,60 +310,27 @@ def reroute(
         return out_TK
     ids_TK = ids_TK if ids_TK.stride(1) == 1 else ids_TK.contiguous()
     rows_RW = rows_RW if rows_RW.stride(1) == 1 else rows_RW.contiguous()
+    slots_RS, quota_ER = slots_RS.contiguous(), quota_ER.contiguous()
     num_experts, num_ranks = quota_ER.shape
-    tile_experts = max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts))
-    tile_ranks = triton.next_power_of_2(num_ranks)
-    tile_topk = triton.next_power_of_2(topk)
-    tile_rows = TILE_ROWS if num_tokens > MANY_TOKENS else TILE_ROWS // 2
-    tile_tokens = max(1, tile_rows // tile_topk)
-    tile_deal = max(1, min(tile_experts, DEAL_ENTRIES // tile_ranks))
-    num_tiles, num_deals = triton.cdiv(num_tokens, tile_tokens), triton.cdiv(num_experts, tile_deal)
-    slots_RS = slots_RS.contiguous()
-    counts = torch.empty(num_tiles * tile_experts, dtype=torch.int32, device=ids_TK.device)
-    tables = torch.empty(2, num_experts, tile_ranks, dtype=torch.int32, device=ids_TK.device)
-    num_entries = slots_RS.numel()
-    has_few = 0 < num_entries <= MAX_PLAN_ENTRIES
-    sizes = {
-        "TOPK": topk,
-        "NUM_RANKS": num_ranks,
-        "NUM_EXPERTS": num_experts,
-        "NUM_SLOTS": slots_RS.shape[1],
-        "TILE_PLAN": triton.next_power_of_2(num_entries) if has_few else 0,
-        "TILE_TOKENS": tile_tokens,
-        "TILE_TOPK": tile_topk,
-        "TILE_EXPERTS": tile_experts,
-        "TILE_RANKS": tile_ranks,
-    }
-    _prepare[(num_tiles + num_deals,)](
-        ids_TK,
-        rows_RW,
-        slots_RS,
-        quota_ER.contiguous(),
-        counts,
-        tables[0],
-        tables[1],
-        num_tokens,
-        num_tiles,
-        ids_TK.stride(0),
-        rows_RW.stride(0),
-        my_rank,
-        **sizes,
-        TILE_DEAL=tile_deal,
-        num_warps=4,
+    many = num_tokens > MANY_TOKENS
+    sizes = _sizes(topk, num_ranks, num_experts, slots_RS.shape[1], many=many)
+    num_tiles = -(-num_tokens // sizes.tile_tokens)
+    num_words = sizes.words_of_deal + num_tiles * sizes.words_a_tile
+    scratch = torch.empty(num_words, dtype=torch.int32, device=ids_TK.device)
+    stride = ids_TK.stride(0)
+    _launch_prepare(
+        (num_tiles + sizes.num_deals, 1, 1),
+        sizes.prepare,
+        (ids_TK, rows_RW, slots_RS, quota_ER, scratch),
+        (num_tokens, num_tiles, stride, rows_RW.stride(0), my_rank),
     )
-    _apply[(num_tiles,)](
-        ids_TK,
-        slots_RS,
-        counts,
-        tables[0],
-        tables[1],
-        out_TK,
-        num_tokens,
-        ids_TK.stride(0),
-        **sizes,
-        TILE_COUNTS=max(1, COUNT_ENTRIES // tile_experts),
-        SEARCH_STEPS=tile_ranks.bit_length() - 1,
-        ENTRY_BITS=(tile_tokens * tile_topk).bit_length() - 1,
-        num_warps=8,
+    _launch_apply(
+        (num_tiles, 1, 1),
+        sizes.apply,
+        (ids_TK, slots_RS, scratch, out_TK),
+        (num_tokens, stride),
     )
     return out_TK
+
+
+_launch_prepare, _launch_apply = Launcher(_prepare), Launcher(_apply)

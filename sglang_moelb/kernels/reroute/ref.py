@@ -68,11 +68,11 @@ def check_reroute(
     ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, my_rank: int
 ) -> None:
     """Raise ValueError for shapes that do not belong together. Host only, no sync."""
-    num_ranks, num_experts = len(slots_RS), len(quota_ER)
-    if quota_ER.shape[1] != num_ranks or len(rows_RW) != num_ranks:
+    num_ranks, num_experts = slots_RS.shape[0], quota_ER.shape[0]
+    if quota_ER.shape[1] != num_ranks or rows_RW.shape[0] != num_ranks:
         raise ValueError(
             f"slots of {num_ranks} ranks, quotas of {quota_ER.shape[1]} and rows of "
-            f"{len(rows_RW)}: they must be of one plan"
+            f"{rows_RW.shape[0]}: they must be of one plan"
         )
     if num_experts % num_ranks:
         raise ValueError(f"{num_experts} experts cannot be split evenly over {num_ranks} ranks")

@@ -1,0 +1,372 @@
+"""On 2 or more GPUs: a layer of resident copies in decode, in a CUDA graph; ends with an error.
+
+    torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py
+
+No server. DeepEP's low-latency dispatch and combine and DeepGEMM's masked GEMMs through SGLang's
+runner, on a layer of 128 experts stored by a made-up placement: ids mapped to copies, experts of
+two precisions, outputs combined. One graph is replayed on other inputs and other maps. Each replay
+must equal the eager layer bit for bit, and each token the plain sum of its logical experts in
+float32 within what float8 rounds. Then the graph is timed beside one of the layer as it was, in
+bfloat16. Under a minute. `--device cpu` runs the same without a graph over the stand-in for DeepEP:
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py \
+        --device cpu
+
+Shape letters: T tokens of a rank, K top-k, P places of a rank, M rows that DeepEP has room for in
+each, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+os.environ["SGLANG_JIT_DEEPGEMM_PRECOMPILE"] = "0"  # else minutes of compiling
+os.environ["SGLANG_DEEPEP_BF16_DISPATCH"] = "1"
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]  # runs from a checkout, nothing installed
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from benchmarks.gpu.one_layer import LayerSizes, RunnerMethod, make_runner  # noqa: E402
+from sglang_moelb.ep.expert_rows import WEIGHTS  # noqa: E402
+from sglang_moelb.ep.resident.experts import ResidentExperts  # noqa: E402
+from sglang_moelb.ep.resident.weights import store  # noqa: E402
+from sglang_moelb.placement import LayerLayout, LayerPlacement, Replica, layout  # noqa: E402
+from sglang_moelb.types import Topology  # noqa: E402
+
+MAX_TOKENS, NUM_SLOTS, NUM_COLD = 128, 4, 5
+# Of a token, relative: float8 rounds four times by 3 % in the mean; a wrong expert of 8 is 0.5.
+LOW_BOUND, HIGH_BOUND = 0.15, 0.02
+REPLAYS, TIMES = 3, 30
+
+
+class TopK(NamedTuple):
+    """Of SGLang's top-k output what is read and replaced."""
+
+    topk_ids: torch.Tensor
+
+
+class Inputs:
+    """What a graph reads: `fill` writes other values to the same places."""
+
+    def __init__(self, num_tokens: int, sizes: argparse.Namespace) -> None:
+        shape = (num_tokens, sizes.topk)
+        self.x_TH = torch.zeros(num_tokens, sizes.hidden, dtype=torch.bfloat16, device=sizes.device)
+        self.ids_TK = torch.zeros(shape, dtype=torch.int64, device=sizes.device)
+        self.weights_TK = torch.zeros(shape, device=sizes.device)
+
+    def fill(self, ids_TK: torch.Tensor, seed: int) -> None:
+        """Other rows and weights for these ids."""
+        drawn = torch.Generator().manual_seed(seed)
+        self.x_TH.copy_(torch.randn(self.x_TH.shape, generator=drawn))
+        self.ids_TK.copy_(ids_TK)
+        self.weights_TK.copy_(0.5 + 0.5 * torch.rand(self.weights_TK.shape, generator=drawn))
+
+
+def made_up(sizes: argparse.Namespace) -> LayerPlacement:
+    """Replicas of every rank's first experts on the next rank; its last ones low."""
+    own = sizes.experts // sizes.ranks
+    return LayerPlacement(
+        replicas=tuple(
+            Replica(expert=rank * own + slot, rank=(rank + 1) % sizes.ranks)
+            for rank in range(sizes.ranks)
+            for slot in range(NUM_SLOTS)
+        ),
+        low_experts=tuple(
+            (rank + 1) * own - 1 - at for rank in range(sizes.ranks) for at in range(NUM_COLD)
+        ),
+    )
+
+
+def make_layer(rank: int, sizes: argparse.Namespace) -> Any:
+    """A rank's experts as SGLang loads them; any rank can draw any other's."""
+    layer = torch.nn.Module()
+    drawn = torch.Generator(sizes.device).manual_seed(rank)
+    shapes = ((2 * sizes.inner, sizes.hidden), (sizes.hidden, sizes.inner))
+    for name, shape in zip(WEIGHTS, shapes, strict=True):
+        size = (sizes.experts // sizes.ranks, *shape)
+        weight = torch.randn(size, generator=drawn, device=sizes.device) / shape[1] ** 0.5
+        layer.register_parameter(name, torch.nn.Parameter(weight.bfloat16(), requires_grad=False))
+    small = LayerSizes(
+        num_experts=sizes.experts // sizes.ranks,
+        hidden=sizes.hidden,
+        inner=sizes.inner,
+        topk=sizes.topk,
+    )
+    layer.quant_method = RunnerMethod(make_runner(small, sizes.device))
+    return layer
+
+
+def make_buffer(group: dist.ProcessGroup, sizes: argparse.Namespace, num_places: int) -> Any:
+    """DeepEP's buffer for the physical experts, as SGLang makes it."""
+    if sizes.device == "cpu":
+        from sglang_moelb.ep.standin.deep_ep_low_latency import LowLatencyBuffer
+
+        return LowLatencyBuffer(group, low_latency_mode=True)
+    from deep_ep import Buffer
+
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(
+        MAX_TOKENS, sizes.hidden, sizes.ranks, sizes.ranks * num_places
+    )
+    return Buffer(group, 0, num_bytes, low_latency_mode=True, num_qps_per_rank=num_places)
+
+
+def decode(
+    buffer: Any,
+    num_experts: int,
+    inputs: Inputs,
+    physical: Callable[[TopK], TopK],
+    run: Callable[[Any], Any],
+) -> torch.Tensor:
+    """One MoE layer of decode, as SGLang's dispatcher and layer call it."""
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
+
+    ids_TK = physical(TopK(inputs.ids_TK)).topk_ids
+    rows_PMH, num_rows_P, handle, _, arrived = buffer.low_latency_dispatch(
+        inputs.x_TH,
+        ids_TK,
+        MAX_TOKENS,
+        num_experts,
+        use_fp8=False,
+        async_finish=False,
+        return_recv_hook=True,
+    )
+    arrived()
+    expected_m = (ids_TK.numel() * buffer.group_size + num_experts) // num_experts
+    done = run(
+        DeepEPLLDispatchOutput(rows_PMH, None, ids_TK, inputs.weights_TK, num_rows_P, expected_m)
+    )
+    out_TH, _, arrived = buffer.low_latency_combine(
+        done.hidden_states,
+        ids_TK,
+        inputs.weights_TK,
+        handle,
+        async_finish=False,
+        return_recv_hook=True,
+    )
+    arrived()
+    return out_TH
+
+
+def routings(
+    sizes: argparse.Namespace, num_tokens: int, rank: int
+) -> dict[str, tuple[torch.Tensor, float]]:
+    """Ids of this rank's tokens, and how far a token may be from the exact sum."""
+    drawn = torch.Generator().manual_seed(100 + rank)
+    own, every = sizes.experts // sizes.ranks, torch.arange(sizes.experts)
+    low = torch.tensor(made_up(sizes).low_experts)
+    replicated = every[every % own < NUM_SLOTS]
+    high = every[(every % own >= NUM_SLOTS) & (every % own < own - NUM_COLD)]
+
+    def of(experts: torch.Tensor, topk: int = sizes.topk) -> torch.Tensor:
+        chosen = torch.rand(num_tokens, len(experts), generator=drawn).topk(topk, dim=1).indices
+        return torch.cat([experts[chosen], chosen.new_full((num_tokens, sizes.topk - topk), -1)], 1)
+
+    padded = of(every)
+    padded[num_tokens // 2 :] = -1
+    padded[::3, 1] = -1
+    one = of(every[:1], 1)
+    idle = torch.full_like(one, -1) if rank == 0 else of(every)
+    return {
+        "random": (of(every), LOW_BOUND),
+        "replicated": (of(replicated), LOW_BOUND),
+        "low only": (of(low), LOW_BOUND),
+        "high only": (of(high), HIGH_BOUND),
+        "one expert": (one, LOW_BOUND),
+        "padded": (padded, LOW_BOUND),
+        "rank 0 idle": (idle, LOW_BOUND),
+    }
+
+
+def exact(inputs: Inputs, layers: list[Any]) -> torch.Tensor:
+    """The plain sum of each token's logical experts, in float32, `[T, H]`."""
+    out_TH = torch.zeros(inputs.x_TH.shape, device=inputs.x_TH.device)
+    own = len(layers[0].w13_weight)
+    for expert in range(own * len(layers)):
+        token, column = (inputs.ids_TK == expert).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        w13, w2 = (getattr(layers[expert // own], name)[expert % own].float() for name in WEIGHTS)
+        gate, up = (inputs.x_TH[token].float() @ w13.T).chunk(2, dim=1)
+        rows = (torch.nn.functional.silu(gate) * up) @ w2.T
+        out_TH.index_add_(0, token, rows * inputs.weights_TK[token, column, None])
+    return out_TH
+
+
+def captured(step: Callable[[], torch.Tensor], sizes: argparse.Namespace) -> Callable[[], Any]:
+    """`step` as a graph: the call replays it and returns its output's memory. On the host `step`.
+    """
+    if sizes.device == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out_TH = step()
+    torch.cuda.synchronize()
+    dist.barrier()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out_TH
+
+    return replay
+
+
+def check(what: str, step: Any, replay: Any, inputs: Inputs, truth: torch.Tensor, bound: float
+          ) -> float:  # fmt: skip
+    """Replayed, eager and exact against each other; the worst token's relative error."""
+    eager_TH = step().clone()
+    for _ in range(REPLAYS):
+        if not torch.equal(replay(), eager_TH):
+            raise SystemExit(f"{what}: the graph's output is not the eager one")
+    apart_T = (eager_TH.float() - truth).norm(dim=1)
+    size_T = truth.norm(dim=1)
+    if bool((apart_T > bound * size_T).any()) or not bool(eager_TH.isfinite().all()):
+        raise SystemExit(
+            f"{what}: token {int((apart_T - bound * size_T).argmax())} is "
+            f"{float((apart_T / size_T.clamp(min=1e-6)).max()):.3f} from its logical experts"
+        )
+    return float((apart_T / size_T.clamp(min=1e-6)).max())
+
+
+def remap(resident: ResidentExperts, place: LayerLayout, kind: str) -> None:
+    """Write other maps to the same places."""
+    copies_EC = torch.tensor(place.copies_EC, dtype=torch.int32)
+    num_copies_E = torch.tensor(place.num_copies_E, dtype=torch.int32)
+    if kind == "originals only":
+        num_copies_E.fill_(1)
+    elif kind == "replicas only":
+        copies_EC[:, 0] = copies_EC.gather(1, num_copies_E[:, None].long() - 1)[:, 0]
+        num_copies_E.fill_(1)
+    resident._copies_L[0].copy_(copies_EC)
+    resident._num_copies_L[0].copy_(num_copies_E)
+
+
+def median_us(replay: Callable[[], Any]) -> tuple[float, float, float]:
+    """Median, least and most time of a replay, in microseconds."""
+    times_us = []
+    for _ in range(TIMES):
+        dist.barrier()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times_us.append(1000 * begin.elapsed_time(end))
+    times_us = times_us[5:]
+    return statistics.median(times_us), min(times_us), max(times_us)
+
+
+def check_layer(sizes: argparse.Namespace, rank: int, num_tokens: int, state: Any) -> None:
+    """All routings and maps at one batch size, in one graph."""
+    inputs = Inputs(num_tokens, sizes)
+    inputs.fill(routings(sizes, num_tokens, rank)["random"][0], 0)
+    replay = captured(step := state.step_of(inputs), sizes)
+    worst = {}
+    for maps in ("all copies", "originals only", "replicas only"):
+        remap(state.resident, state.place, maps)
+        for seed, (name, (ids_TK, bound)) in enumerate(
+            routings(sizes, num_tokens, rank).items()
+        ):
+            inputs.fill(ids_TK, 10 * seed + rank)
+            truth = exact(inputs, state.layers)
+            what = f"rank {rank}, {num_tokens} tokens, {maps}, {name}"
+            worst[name] = max(
+                check(what, step, replay, inputs, truth, bound), worst.get(name, 0.0)
+            )
+    remap(state.resident, state.place, "all copies")
+    shown = ", ".join(f"{name} {error:.3f}" for name, error in worst.items())
+    print(f"rank {rank}, {num_tokens} tokens: graph equals eager; worst token's error: {shown}")
+
+
+def compare_times(sizes: argparse.Namespace, rank: int, buffer: Any, state: Any) -> None:
+    """A graph of the resident layer beside one of the layer in bfloat16, on the same ids."""
+    stock = make_layer(rank, sizes)
+    num_places = state.place.num_places
+    for num_tokens in (1, 16, 64, MAX_TOKENS):
+        inputs = Inputs(num_tokens, sizes)
+        inputs.fill(routings(sizes, num_tokens, rank)["random"][0], 1)
+        steps = {
+            "bfloat16": (sizes.experts, lambda inputs=inputs: decode(
+                buffer, sizes.experts, inputs, lambda topk: topk,
+                lambda rows: stock.quant_method.apply(stock, rows),
+            )),
+            "resident": (sizes.ranks * num_places, state.step_of(inputs)),
+        }  # fmt: skip
+        for name, (num_experts, step) in steps.items():
+            torch.cuda.synchronize()
+            dist.barrier()
+            buffer.clean_low_latency_buffer(MAX_TOKENS, sizes.hidden, num_experts)
+            torch.cuda.synchronize()
+            dist.barrier()
+            median, least, most = median_us(captured(step, sizes))
+            if rank == 0:
+                print(f"{num_tokens} tokens a rank, {name}: layer {median:.1f} us "
+                      f"({least:.1f} to {most:.1f})")  # fmt: skip
+
+
+def run_all(sizes: argparse.Namespace, rank: int) -> None:
+    """Store, check and time on this rank."""
+    topology = Topology(
+        num_layers=1, num_experts=sizes.experts, num_ranks=sizes.ranks, topk=sizes.topk
+    )
+    place = layout(made_up(sizes), topology, NUM_SLOTS)
+    layer = make_layer(rank, sizes)
+    stored = store(layer, place, rank=rank, group=dist.group.WORLD)
+    resident = ResidentExperts([layer], [stored], [place], rank=rank)
+    buffer = make_buffer(dist.group.WORLD, sizes, place.num_places)
+    num_experts = sizes.ranks * place.num_places
+
+    def step_of(inputs: Inputs) -> Callable[[], torch.Tensor]:
+        return lambda: decode(
+            buffer, num_experts, inputs,
+            lambda topk: resident.physical(0, topk), lambda rows: resident.run(layer, rows),
+        )  # fmt: skip
+
+    layers = [make_layer(home, sizes) for home in range(sizes.ranks)]
+    state = SimpleNamespace(resident=resident, place=place, layers=layers, step_of=step_of)
+    for num_tokens in sizes.tokens:
+        check_layer(sizes, rank, num_tokens, state)
+    if sizes.device == "cuda":
+        compare_times(sizes, rank, buffer, state)
+
+
+def main() -> None:
+    """Parse, begin the group, run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    sizes = parser.parse_args()
+    small = sizes.device == "cpu"
+    sizes.experts, sizes.hidden, sizes.inner, sizes.topk = (
+        (24, 128, 128, 4) if small else (128, 2048, 768, 8)
+    )
+    sizes.tokens = (1, 16) if small else (1, 33, MAX_TOKENS)
+    if not small:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if small else "nccl")
+    rank, sizes.ranks = dist.get_rank(), dist.get_world_size()
+    with torch.inference_mode():
+        run_all(sizes, rank)
+    dist.barrier()
+    if rank == 0:
+        print("ok")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A kernel that is launched again gets what Triton's own launch would give it.
+
+The child process calls the ops on CPU tensors under `no_gpu_driver`, whose launcher writes down
+what it is asked to launch.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.compiled import compiled
+
+PROGRAM = """
+import json
+import torch
+import no_gpu_driver
+from triton.runtime.driver import driver
+from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.count_experts import kernel as count
+from sglang_moelb.kernels.place_replicas import kernel as place
+from sglang_moelb.kernels.pull_experts import kernel as pull
+from sglang_moelb.kernels.reroute import kernel as deal
+
+launched = []
+
+def launcher_cls(source, metadata):
+    def launch(x, y, z, stream, function, packed, data, enter, leave, *args):
+        shown = [f"{a.dtype} {a.data_ptr() % 16}" if hasattr(a, "dtype") else a for a in args]
+        compiled_for = f"{source.signature} {source.attrs} {metadata.num_warps} warps"
+        launched.append([source.name, compiled_for, [x, y, z], shown])
+    return launch
+
+driver.active.launcher_cls = launcher_cls
+E, R, S, K = 128, 4, 8, 8
+rows_RW = torch.zeros(R, row_layout.row_width(E, with_histogram=False), dtype=torch.int32)
+slots_RS = torch.full((R, S), -1, dtype=torch.int32)
+quota_ER = torch.zeros(E, R, dtype=torch.int32)
+experts_PR = [[torch.zeros(32, width).bfloat16()] * R for width in (256, 128)]
+staged_P = [torch.zeros(S, width).bfloat16() for width in (256, 128)]
+
+def run(num_tokens, start, dtype):
+    ids_TK = torch.zeros(num_tokens, K, dtype=dtype)
+    flags_T = torch.zeros(num_tokens + 32, dtype=torch.uint8)[start : start + num_tokens]
+    count.count_layers(ids_TK[None], flags_T, num_experts=E)
+    place.place_replicas(rows_RW, num_experts=E, num_slots=S, min_rows=256 + start)
+    deal.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=start % R)
+    pull.pull_experts(experts_PR, slots_RS, staged_P, my_rank=1, num_programs=16 + start)
+
+CASES = [
+    (num_tokens, start, dtype)
+    for num_tokens in (1, 1000, 16384)
+    for start in (0, 1, 16)
+    for dtype in (torch.int32, torch.int64)
+]
+LAUNCHERS = (count._launch, place._launch, deal._launch_prepare, deal._launch_apply, pull._launch)
+
+def run_all(forget):
+    launched.clear()
+    for case in CASES:
+        if forget:
+            for launcher in LAUNCHERS:
+                launcher._held.clear()
+        run(*case)
+    return list(launched)
+
+by_triton = run_all(forget=True)
+run_all(forget=False)
+for launcher in LAUNCHERS:
+    launcher._kernel.run = None  # whoever asks Triton again fails
+again = run_all(forget=False)
+print(json.dumps({"by_triton": by_triton, "again": again}))
+"""
+
+
+@pytest.fixture(scope="module")
+def launches() -> dict[str, list[str]]:
+    """Name, warps, grid and arguments of every launch, by Triton and again."""
+    return compiled(PROGRAM)
+
+
+def test_a_launch_again_is_the_launch_that_triton_would_make(
+    launches: dict[str, list[str]],
+) -> None:
+    """Also of tensors that are not aligned, which take another variant."""
+    assert len(launches["again"]) == 5 * 3 * 3 * 2
+    assert launches["again"] == launches["by_triton"]
