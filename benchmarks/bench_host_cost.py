@@ -33,7 +33,7 @@ from sglang_moelb.ep import controller_link, observe, open_pass, points, records
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, exchange_for
 from sglang_moelb.ep.low.lanes import HostLanes, lanes_of
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import PLAIN, Requests, RowWindow
 from sglang_moelb.ep.replicas import lever as replica_lever
 from sglang_moelb.ep.replicas import plan as replica_plan
 from sglang_moelb.ep.replicas.lever import ReplicateLever
@@ -224,7 +224,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
         dispatchers=[Dispatcher() for _ in range(NUM_LAYERS)],
         layers=[SimpleNamespace(quant_method=method) for _ in range(NUM_LAYERS)],
     )
-    requests = Requests(runs=((num_tokens, False),), phase="prefill")
+    requests = Requests(runs=((num_tokens, PLAIN),), phase="prefill")
     ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     given = SimpleNamespace(
         batch=SimpleNamespace(input_ids=ids_T, moelb_requests=requests, mm_inputs=None),

@@ -37,7 +37,7 @@ from sglang_moelb.config import Config, merge
 from sglang_moelb.ep import points, runtime
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, exchange_for
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import PLAIN, Requests, RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
@@ -48,7 +48,7 @@ NUM_LAYERS, NUM_EXPERTS, NUM_ROWS, TOPK = 12, 128, 1024, 8
 NUM_ROUTINGS, WARM_UP, SEED = 5, 40, 3
 LAYER_S = 0.0003  # the device's part of a layer, in which the serving thread waits
 READ_TIMEOUT_S = 10.0
-PREFILL = Requests(runs=((NUM_ROWS, False),), phase="prefill")
+PREFILL = Requests(runs=((NUM_ROWS, PLAIN),), phase="prefill")
 
 
 class TopKOutput(NamedTuple):

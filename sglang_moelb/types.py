@@ -182,7 +182,8 @@ class StepRecord:
     rank: int
     num_tokens_R: IntArray
     num_vision_tokens_R: IntArray
-    num_protected_tokens_R: IntArray
+    num_protected_tokens_R: IntArray  # nothing of them is cut: of decode, or refused
+    num_refused_tokens_R: IntArray  # of requests that refuse lossy levers
     rows_LEM: IntArray
     rows_after_LR: IntArray
     routed_mass: float

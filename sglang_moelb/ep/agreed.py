@@ -18,7 +18,6 @@ class Sizes:
 
     num_tokens: int
     num_prefill_tokens: int
-    num_protected_tokens: int
     phase: str
 
 

@@ -19,7 +19,6 @@ from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.kernels.row_layout import FLAG_PROTECTED
 from sglang_moelb.types import Lever, Policy
 
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
@@ -73,7 +72,6 @@ class PassOpener:
         mine = Sizes(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens if prefills else 0,
-            num_protected_tokens=requests.num_protected or int(requests is UNKNOWN_REQUESTS),
             phase=requests.phase,
         )
         device, stream = self._seat.device, None
@@ -140,10 +138,10 @@ class PassOpener:
     def _flags(
         self, input_ids_T: torch.Tensor, requests: Requests, has_images: bool
     ) -> torch.Tensor:
-        if has_images or 0 < requests.num_protected < requests.num_tokens:
+        kinds = requests.kinds
+        if has_images or len(kinds) > 1:
             return token_flags(input_ids_T, requests)
-        is_protected = requests.num_protected == requests.num_tokens
-        return self._even_flags.of(input_ids_T, FLAG_PROTECTED if is_protected else 0)
+        return self._even_flags.of(input_ids_T, kinds.pop())
 
     def _is_sampled(self) -> bool:
         """Whether `ep.token_trace` takes this prefill pass; alike on all ranks."""

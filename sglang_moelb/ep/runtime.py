@@ -122,7 +122,7 @@ class Runtime:
         )
         if log.lever is Lever.DOWNGRADE:
             assert self._downgrade is not None, "the leader's policy needs slots on every rank"
-            plan = plan_low(routed, log.agreed, self._seat.topology, self._exchange)
+            plan = plan_low(routed, log.agreed.policy, self._seat.topology, self._exchange)
             self._downgrade.prepare(layer, plan.low_E)
             log.plans_L.append(plan)
             self._mark("balanced")

@@ -92,6 +92,8 @@ def test_what_symptoms_point_at_exists() -> None:
         "gate_reason",
         "rows_after_R",
         "num_protected_tokens_R",
+        "num_refused_tokens_R",
+        "low_ranks",
         "balance_ms",
         "step_ms",
     ):

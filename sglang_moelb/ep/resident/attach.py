@@ -25,6 +25,7 @@ from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.masked import run_masked, some_masked_rows
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.unfit import LOW_LATENCY
 from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
 from sglang_moelb.types import Topology
@@ -194,7 +195,7 @@ def _modes(layer: Any) -> list[Any]:
 
     DeepEP's buffer, which both share, is made for the `num_experts` of that which comes first.
     """
-    names = ("_normal_dispatcher", low.LOW_LATENCY)
+    names = ("_normal_dispatcher", LOW_LATENCY)
     inners = getattr(layer.dispatcher, "_inners", [layer.dispatcher])
     modes = [getattr(inner, name, None) for inner in inners for name in names]
     return [mode for mode in modes if mode is not None]

@@ -10,11 +10,12 @@ Example: E = 2, topk = C = 2, four tokens, no amounts, no key_rule:
     0       [0, 1]    .75 .25     text           a text row of each expert
     1       [1, -1]   1.  0.      FLAG_VISION    a vision row of expert 1
     2       [-1, -1]  0.  0.      text           nothing, it is padding
-    3       [1, 0]    .5  .5      FLAG_PROTECTED a text row of each expert that cannot be cut
+    3       [1, 0]    .5  .5      FLAG_PROTECTED a text row of each expert that cannot be cut,
+                                  FLAG_REFUSED   and a refused one
 
-    header    3 tokens, 1 vision, 1 protected, vision amount 1, amount 3, 0 0 0
-    expert 0  2 text, 0 vision, 1 protected rows; protected amount 1, cuttable amount 1
-    expert 1  2 text, 1 vision, 1 protected rows; protected amount 1, cuttable amount 2
+    header    3 tokens, 1 vision, 1 protected, vision amount 1, amount 3, 1 refused, 0 0
+    expert 0  2 text, 0 vision, 1 refused rows; protected amount 1, cuttable amount 1
+    expert 1  2 text, 1 vision, 1 refused rows; protected amount 1, cuttable amount 2
 
 Shape letters: T tokens, C columns, K top-k, E experts, L layers, W row width.
 """
@@ -39,6 +40,7 @@ MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not
 AMOUNT_ONE = tl.constexpr(row_layout.AMOUNT_ONE)
 BIN_SHIFT = tl.constexpr(row_layout.BIN_SHIFT)
 FLAG_PROTECTED = tl.constexpr(row_layout.FLAG_PROTECTED)
+FLAG_REFUSED = tl.constexpr(row_layout.FLAG_REFUSED)
 FLAG_VISION = tl.constexpr(row_layout.FLAG_VISION)
 NUM_BINS = tl.constexpr(row_layout.NUM_BINS)
 NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
@@ -48,9 +50,10 @@ H_VISION_TOKENS = tl.constexpr(row_layout.H_VISION_TOKENS)
 H_PROTECTED_TOKENS = tl.constexpr(row_layout.H_PROTECTED_TOKENS)
 H_VISION_AMOUNT = tl.constexpr(row_layout.H_VISION_AMOUNT)
 H_AMOUNT = tl.constexpr(row_layout.H_AMOUNT)
+H_REFUSED_TOKENS = tl.constexpr(row_layout.H_REFUSED_TOKENS)
 C_TEXT_ROWS = tl.constexpr(row_layout.C_TEXT_ROWS)
 C_VISION_ROWS = tl.constexpr(row_layout.C_VISION_ROWS)
-C_PROTECTED_ROWS = tl.constexpr(row_layout.C_PROTECTED_ROWS)
+C_REFUSED_ROWS = tl.constexpr(row_layout.C_REFUSED_ROWS)
 C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
 C_CUTTABLE_AMOUNT = tl.constexpr(row_layout.C_CUTTABLE_AMOUNT)
 
@@ -120,12 +123,35 @@ def _add(at, values):
 @triton.jit
 def _add_header(row_ptr, counted, vision, protected, amount):
     counted_vision = counted * vision.to(tl.int32)
-    counted_protected = counted * protected.to(tl.int32)
+    num_protected = tl.sum(counted * protected.to(tl.int32))
     tl.atomic_add(row_ptr + H_TOKENS, tl.sum(counted), sem="relaxed")
     tl.atomic_add(row_ptr + H_VISION_TOKENS, tl.sum(counted_vision), sem="relaxed")
-    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, tl.sum(counted_protected), sem="relaxed")
+    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, num_protected, sem="relaxed")
     tl.atomic_add(row_ptr + H_VISION_AMOUNT, tl.sum(counted_vision * amount), sem="relaxed")
     tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
+    return num_protected
+
+
+@triton.jit
+def _add_refused(
+    row_ptr,
+    ids,
+    counted,
+    refused,
+    routed,
+    NUM_ENTRIES: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+):
+    """Tokens and rows of requests that refuse, of the entries in `routed`."""
+    num_tokens = tl.sum(counted * refused.to(tl.int32))
+    tl.atomic_add(row_ptr + H_REFUSED_TOKENS, num_tokens, sem="relaxed")
+    theirs = routed & refused[:, None]
+    rows = tl.histogram(
+        tl.reshape(tl.where(theirs, ids, 0), [NUM_ENTRIES]),
+        TILE_EXPERTS,
+        mask=tl.reshape(theirs, [NUM_ENTRIES]),
+    )
+    _add(row_ptr + NUM_HEADER + tl.arange(0, TILE_EXPERTS) * NUM_COUNTS + C_REFUSED_ROWS, rows)
 
 
 @triton.jit
@@ -153,13 +179,11 @@ def _add_rows(
     text_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 0, rows, 0), axis=0)
     vision_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 1, rows, 0), axis=0)
     free_rows = tl.sum(tl.where(of_class < PROTECTED_CLASS, rows, 0), axis=0)
-    fixed_rows = text_rows + vision_rows - free_rows
     counts_at = row_ptr + NUM_HEADER + tl.arange(0, TILE_EXPERTS) * NUM_COUNTS
     _add(counts_at + C_TEXT_ROWS, text_rows)
     _add(counts_at + C_VISION_ROWS, vision_rows)
-    _add(counts_at + C_PROTECTED_ROWS, fixed_rows)
     if WITH_AMOUNTS:
-        _add(counts_at + C_PROTECTED_AMOUNT, fixed_rows)
+        _add(counts_at + C_PROTECTED_AMOUNT, text_rows + vision_rows - free_rows)
         _add(counts_at + C_CUTTABLE_AMOUNT, free_rows)
 
 
@@ -218,7 +242,7 @@ def _count(
     ids = ids.to(tl.int32)
     routed = column < TOPK
     counted = tl.max(((ids >= 0) & routed).to(tl.int32), axis=1)
-    _add_header(row_ptr, counted, vision, protected, amount)
+    num_protected = _add_header(row_ptr, counted, vision, protected, amount)
 
     valid = (ids >= 0) & (ids < NUM_EXPERTS)
     _add_rows(
@@ -231,6 +255,16 @@ def _count(
         TILE_TOKENS * TILE_COLUMNS,
         TILE_EXPERTS,
     )
+    if num_protected > 0:  # few tiles have such rows, and the others do not pay for them
+        _add_refused(
+            row_ptr,
+            ids,
+            counted,
+            (flags & FLAG_REFUSED) != 0,
+            valid & routed,
+            TILE_TOKENS * TILE_COLUMNS,
+            TILE_EXPERTS,
+        )
     cuttable = valid & (protected == 0)[:, None]
     amounts = tl.zeros([TILE_TOKENS, TILE_COLUMNS], tl.int32) + amount[:, None]
     counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
