@@ -104,6 +104,8 @@ class Mover:
         self._device = low.w13.device
         on_gpu = self._device.type == "cuda"
         self._sum = torch.zeros((), dtype=torch.int64, pin_memory=on_gpu)
+        quantise(layers[0], 0, self._staging.weights)  # both compile and load before requests come
+        self._sum.copy_(checksum(self._staging.bytes))
         self._chunk_bytes = min(FIRST_CHUNK_BYTES, self._staging.num_bytes)
         self._seen = 0
         self._move: UnderWay | None = None
