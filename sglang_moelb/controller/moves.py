@@ -65,8 +65,8 @@ class Moved:
     """What all ranks hold of the moves so far; alike on all of them.
 
     `word` is the last move that ended, and `held` what its slot holds since. The stall of a pass is
-    the time of a move's part of it on the fastest rank: who comes first waits, as it would in the
-    dispatch.
+    the time that its part of a move takes: of a broadcast on the fastest rank, since who comes
+    first waits, as it would in the dispatch; of other parts on the slowest.
     """
 
     word: int = 0

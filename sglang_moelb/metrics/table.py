@@ -134,8 +134,8 @@ METRICS: tuple[Metric, ...] = (
            meaning="bytes of experts that moves sent to every rank",
            off_board="the stalls show what they cost"),
     Metric(name="moelb_replica_stall_seconds_total", kind="counter", answers="costs",
-           unit="seconds", meaning="time of passes that parts of moves took, on the fastest rank "
-           "of each pass; resident.move_ms limits it", off_board="0 but with resident.recalibrate"),
+           unit="seconds", meaning="time of passes that parts of moves took; resident.move_ms "
+           "limits that of a pass", off_board="0 but with resident.recalibrate"),
     Metric(name="moelb_quality_spent_ratio", kind="gauge", answers="costs", unit="ratio",
            meaning="share of gate mass lost over the quality window"),
     Metric(name="moelb_quality_budget_ratio", kind="gauge", answers="costs", unit="ratio",

@@ -204,7 +204,9 @@ class Mover:
         timed.ended.give_back()
         self._timed, one = None, self._move
         assert one is not None
-        stall_us = min(sizes.move_us for sizes in agreed.sizes_R)
+        # Who comes first to a broadcast waits, as it would in the dispatch; the rest is local.
+        fastest_or_slowest = min if one.part is Part.SEND else max
+        stall_us = fastest_or_slowest(sizes.move_us for sizes in agreed.sizes_R)
         self._count(stall_us, one.chunk_bytes if one.part is Part.SEND else 0)
         move = one.move
         source = move.expert // self._topology.experts_per_rank
