@@ -18,6 +18,7 @@ from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
+from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.types import Lever, Policy
 
@@ -44,7 +45,7 @@ class PassOpener:
     def __init__(
         self,
         seat: Seat,
-        agreement: Agreement,
+        agreement: Agreement | MovingAgreement,
         controller: ControllerLink | None,
         sample_every: int = 0,
     ) -> None:

@@ -32,6 +32,7 @@ from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.plan import plan_copies
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.hot_config import KNOB_PREFIX
@@ -47,7 +48,7 @@ class Runtime:
         self,
         seat: Seat,
         config: Config,
-        agreement: Agreement,
+        agreement: Agreement | MovingAgreement,
         exchange: Exchange | SymmetricExchange,
         controller: ControllerLink | None,
         token_trace: TokenTrace | None = None,
@@ -245,6 +246,8 @@ class Runtime:
             answer["downgrade"] = self._downgrade.told()
         if self._replicate:
             answer["replicate"] = self._replicate.told()
+        if self._resident and self._resident.mover:
+            answer["resident"] = self._resident.mover.told()
         if self._controller:
             answer |= self._controller.status()
         return answer
