@@ -86,12 +86,6 @@ def server(
     return serve("vl", *NO_CACHE, "--moelb-mode", "none", "--moelb-config", json.dumps(config))
 
 
-@pytest.fixture(scope="module")
-def in_normal_mode(server: Server) -> dict[str, Said]:
-    """What the server says that decodes in DeepEP's normal mode."""
-    return {name: say(server, prompt, num_tokens=8) for name, prompt in PROMPTS.items()}
-
-
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_answers_stay_close_to_those_without_it_in_prefill_and_decode(
     server: Server, exact: dict[str, Said], name: str
@@ -139,17 +133,27 @@ def test_levers_cannot_be_turned_on_beside_it(server: Server, changes: dict[str,
     assert "resident.placement" in answer["error"]
 
 
-def test_decode_in_low_latency_says_what_decode_in_normal_mode_says(
-    serve: Serve, in_normal_mode: dict[str, Said], tmp_path: Path
+def generated(server: Server, num_tokens: int, **prompt: Any) -> tuple[list[Any], list[Any]]:
+    """Log-probabilities and ids of a prompt's tokens, and of the greedy ones after it."""
+    sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0, **prompt}
+    code, answer = call(server, "/generate", body)
+    assert code == 200, answer
+    meta = answer["meta_info"]
+    return meta["input_token_logprobs"], meta["output_token_logprobs"]
+
+
+def test_decode_in_low_latency_agrees_with_prefill_of_the_same_tokens(
+    serve: Serve, tmp_path: Path
 ) -> None:
     path = tmp_path / "p.json"
     path.write_bytes(make_placement().to_json())
     config = {**SETTINGS, "resident": {"placement": str(path)}}
     flags = ["--deepep-mode", "auto", "--moelb-mode", "none", "--moelb-config", json.dumps(config)]
     server = serve("vl", *NO_CACHE, *flags)
-    for name, prompt in PROMPTS.items():
-        said, before = say(server, prompt, num_tokens=8), in_normal_mode[name]
-        assert said.prompt_logprobs == before.prompt_logprobs, "prefill runs as it did"
-        apart = [abs(a - b) for a, b in zip(said.logprobs, before.logprobs, strict=True)]
-        # Low rows are rounded to bfloat16 before they are weighed, and not after.
-        assert 0 < max(apart) < 0.1, name
+    asked, decoded = generated(server, 8, text=TEXT.text)
+    ids = [entry[1] for entry in (*asked, *decoded)]
+    prefilled, _ = generated(server, 1, input_ids=ids)
+    apart = [abs(a[0] - b[0]) for a, b in zip(decoded, prefilled[-8:], strict=True)]
+    # A token stands elsewhere in its batch, so some of its copies are others.
+    assert 0 < sum(apart) / len(apart) < 0.25
