@@ -32,7 +32,7 @@ from sglang_moelb.controller.moves import EMPTY, Move, Moved, held_by, move_of, 
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.resident.experts import ResidentExperts
-from sglang_moelb.ep.resident.staging import Staging, checksum, copy_expert
+from sglang_moelb.ep.resident.staging import Staging, checksum, copy_expert, prepare
 from sglang_moelb.ep.resident.weights import StoredLayer, only, quantise
 from sglang_moelb.placement import LayerLayout, LayerPlacement
 from sglang_moelb.types import Topology
@@ -104,8 +104,7 @@ class Mover:
         self._device = low.w13.device
         on_gpu = self._device.type == "cuda"
         self._sum = torch.zeros((), dtype=torch.int64, pin_memory=on_gpu)
-        quantise(layers[0], 0, self._staging.weights)  # both compile and load before requests come
-        self._sum.copy_(checksum(self._staging.bytes))
+        self._warm_up()
         self._chunk_bytes = min(FIRST_CHUNK_BYTES, self._staging.num_bytes)
         self._seen = 0
         self._move: UnderWay | None = None
@@ -164,6 +163,13 @@ class Mover:
             },
             "held": [[list(slots) for slots in held] for held in self._held_L],
         }  # fmt: skip
+
+    def _warm_up(self) -> None:
+        """Compile, load and pin what parts need before requests come; nothing changes."""
+        quantise(self._layers[0], 0, self._staging.weights)
+        self._sum.copy_(checksum(self._staging.bytes))
+        copies = self._layouts_L[0].copies_EC[0]
+        self._copies.send_to(0, 0, copies[copies >= 0].tolist())
 
     def _begin(self, word: int) -> None:
         move = move_of(word)
@@ -289,14 +295,3 @@ class Mover:
         assert low is not None
         num_own_low = len(self._layouts_L[move.layer].low[self._rank])
         return only(low, num_own_low + move.slot)
-
-
-def prepare(
-    staging: Staging, layer: Any, stored: StoredLayer, layout: LayerLayout, rank: int, expert: int
-) -> None:
-    """Write the fp8 bytes of `expert`, whose original is on this `rank`, to `staging`."""
-    if expert in layout.high[rank]:
-        quantise(layer, layout.high[rank].index(expert), staging.weights)
-        return
-    assert stored.low is not None
-    copy_expert(staging.weights, only(stored.low, layout.low[rank].index(expert)))

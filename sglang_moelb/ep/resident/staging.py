@@ -5,10 +5,13 @@ Shape letters: none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sglang_moelb.ep.low.fp8 import Fp8Weights
-from sglang_moelb.ep.resident.weights import NAMES, tensors_of
+from sglang_moelb.ep.resident.weights import NAMES, StoredLayer, only, quantise, tensors_of
+from sglang_moelb.placement import LayerLayout
 
 ALIGNMENT = 16  # bytes; of float32 views, and of the checksum's words
 
@@ -34,6 +37,17 @@ class Staging:
     def num_bytes(self) -> int:
         """Length of the run."""
         return self.bytes.numel()
+
+
+def prepare(
+    staging: Staging, layer: Any, stored: StoredLayer, layout: LayerLayout, rank: int, expert: int
+) -> None:
+    """Write the fp8 bytes of `expert`, whose original is on this `rank`, to `staging`."""
+    if expert in layout.high[rank]:
+        quantise(layer, layout.high[rank].index(expert), staging.weights)
+        return
+    assert stored.low is not None
+    copy_expert(staging.weights, only(stored.low, layout.low[rank].index(expert)))
 
 
 def copy_expert(into: Fp8Weights, source: Fp8Weights) -> None:
