@@ -12,7 +12,11 @@ import torch
 from kernel_bench import BenchCase, main
 
 from sglang_moelb.kernels.fp8 import GROUP
-from sglang_moelb.kernels.quantise_rows import quantise_rows, silu_mul_quantise
+from sglang_moelb.kernels.quantise_rows import (
+    quantise_rows,
+    quantise_rows_ue8m0,
+    silu_mul_quantise,
+)
 
 HIDDEN, GATE_UP = 2048, 1536
 
@@ -32,6 +36,13 @@ def make_cases(device: str) -> Iterator[BenchCase]:
                     call=partial(function, x_TH, column_major=column_major),
                     num_bytes=num_rows * (2 * width + out_width + 4 * out_width // GROUP),
                 )
+        x_TH = torch.randn(num_rows, HIDDEN, device=device, dtype=torch.bfloat16)
+        yield BenchCase(
+            op="quantise_rows",
+            label=f"T={num_rows} {HIDDEN} columns ue8m0",
+            call=partial(quantise_rows_ue8m0, x_TH),
+            num_bytes=num_rows * (3 * HIDDEN + HIDDEN // GROUP),
+        )
 
 
 if __name__ == "__main__":

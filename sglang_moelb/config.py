@@ -63,7 +63,7 @@ class DowngradeConfig(_Section, frozen=True):
     form: Literal["rank", "experts", "fewest"] = "rank"
     # The four below decide what is allocated at start and cannot change while serving.
     ready: bool = False  # also where the start is in another mode, for auto and for hot changes
-    format: Literal["fp8", "nvfp4-emulated", "mxfp4-emulated"] = "fp8"
+    format: Literal["auto", "fp8", "mxfp4", "nvfp4-emulated", "mxfp4-emulated"] = "auto"
     slots: Annotated[int, msgspec.Meta(ge=0, le=2)] = 2  # staging; 0: no downgrade
     # Such as "0,4-7" or "all": low-precision copies are kept, and nothing is converted.
     resident_layers: Annotated[str, msgspec.Meta(pattern=LAYERS)] = ""

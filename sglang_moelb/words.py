@@ -20,7 +20,7 @@ PREFERENCES = {
 EXPANSIONS = {"compete": Expansion.COMPETE, "fill": Expansion.FILL}
 RULES = {"plain": Rule.PLAIN, "macs": Rule.MACS}
 FORMS = {"rank": Form.RANK, "experts": Form.EXPERTS, "fewest": Form.FEWEST}
-FORMATS = ("fp8", "nvfp4-emulated", "mxfp4-emulated")
+FORMATS = ("auto", "fp8", "mxfp4", "nvfp4-emulated", "mxfp4-emulated")
 LEVERS = {
     "expand": Lever.EXPAND,
     "drop": Lever.DROP,

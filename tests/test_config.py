@@ -66,7 +66,7 @@ KNOBS = {
     "downgrade.vision_share": 0.7,
     "downgrade.form": "rank",
     "downgrade.ready": False,
-    "downgrade.format": "fp8",
+    "downgrade.format": "auto",
     "downgrade.slots": 2,
     "downgrade.resident_layers": "",
     "replicate.min_rows": 256,

@@ -42,7 +42,8 @@ class LowPrecision:
     """One way to run experts below bfloat16, with the reason for its place in the order.
 
     `rows` and `weights` are values of `BlockFormat`, FP8_BLOCKS (e4m3, float32 scales: a row's 128
-    features, 128x128 of weights) or "bfloat16". `layout` is that of block scales, or None.
+    features, 128x128 of weights) or "bfloat16". `layout` is that of block scales, or None. `word`
+    is what `downgrade.format` calls it, or "" where the lever has no path to this GEMM.
     """
 
     rows: str
@@ -51,6 +52,7 @@ class LowPrecision:
     layout: ScaleLayout | None
     proof: Proof
     reason: str
+    word: str = ""
 
 
 FP8_HOPPER = LowPrecision(
@@ -60,6 +62,7 @@ FP8_HOPPER = LowPrecision(
     layout=None,
     proof=Proof.RUN,
     reason="Hopper's tensor cores multiply e4m3 at twice bfloat16's rate and have no FP4",
+    word="fp8",
 )
 FP8_FP4_BLACKWELL = LowPrecision(
     rows="fp8 e4m3, power-of-two scales of 128 features",
@@ -68,6 +71,7 @@ FP8_FP4_BLACKWELL = LowPrecision(
     layout=ScaleLayout.MN_MAJOR,
     proof=Proof.READ,
     reason="SGLang's DeepEP runner takes it (is_fp4_experts): no other GEMM has to be wired",
+    word="mxfp4",
 )
 NVFP4_BLACKWELL = LowPrecision(
     rows=BlockFormat.NVFP4.value,

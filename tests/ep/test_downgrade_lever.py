@@ -150,7 +150,7 @@ def test_a_lowered_rank_computes_in_float8_close_to_bfloat16_and_not_equal(
     assert 0.005 < error < 0.08
     assert torch.equal(out.topk_ids, rows.topk_ids)
     assert out.hidden_states.dtype == rows.hidden_states.dtype
-    assert downgrade.told() == {"num_low_layers": 1, "num_host_waits": 0}
+    assert downgrade.told() == {"format": "fp8", "num_low_layers": 1, "num_host_waits": 0}
 
 
 @pytest.mark.parametrize("low_E", [plan(0, 0, 0, 0), plan(1, 1, 1, 1, rank=1)])

@@ -151,8 +151,8 @@ def test_only_emulation_refuses_experts_that_it_would_compute_wrongly(
     layers: list[Any], field: str, value: object
 ) -> None:
     setattr(layers[0].quant_method.runner.config, field, value)
-    assert refusal_of(DOWNGRADE, layers) is None
-    refusal = refusal_of(merge(DOWNGRADE, {"downgrade": {"format": "nvfp4-emulated"}}), layers)
+    assert refusal_of("fp8", layers) is None
+    refusal = refusal_of("nvfp4-emulated", layers)
     assert refusal
     assert field in refusal[0]
     assert "use fp8" in refusal[1]
@@ -180,7 +180,7 @@ def test_slots_and_copies_are_held_and_told(
     started, lever, memory = attach_downgrade(RUNNER, config, 0, None)
     assert started == config
     assert lever is not None
-    assert lever.told() == {"num_low_layers": 0, "num_host_waits": 0}
+    assert lever.told() == {"format": "fp8", "num_low_layers": 0, "num_host_waits": 0}
     one = 4 * 3 * 256 * 128
     one += one // 128**2 * 4
     assert (memory.staging_bytes, memory.resident_bytes) == (one, num_kept * one)

@@ -1,7 +1,7 @@
 """`quantise_rows` and its siblings give the rows of the format in both layouts of scales.
 
 Shape letters: T rows, H features, N gate and up features, I features between the GEMMs, G groups,
-e local experts, M rows that one has room for.
+e local experts, M rows that one has room for, W words of four groups.
 """
 
 from __future__ import annotations
@@ -226,3 +226,83 @@ def test_masked_rows_that_do_not_belong_together_are_refused(
         quantise_masked_rows(x_eMH[:, :6], torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"must be torch\.bfloat16"):
         quantise_masked_rows(x_eMH.float(), torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.fixture
+def quantise_rows_ue8m0(load_op: Callable) -> Callable:
+    return load_op("quantise_rows", "quantise_rows_ue8m0")
+
+
+def powers_of_two(scale_TW: Tensor, num_groups: int) -> Tensor:
+    """float64 2**(byte - 127) of each group, read from the words by arithmetic."""
+    columns = [(scale_TW[:, g // 4] >> (8 * (g % 4))) & 255 for g in range(num_groups)]
+    return torch.exp2(torch.stack(columns, dim=1).double() - 127)
+
+
+def test_the_worked_example_with_powers_of_two(quantise_rows_ue8m0: Callable) -> None:
+    x_TH = torch.zeros(2, 128, dtype=torch.bfloat16)
+    x_TH[0, 3], x_TH[1, 3] = 448, 450
+    q_TH, scale_TW = quantise_rows_ue8m0(x_TH)
+    assert scale_TW.tolist() == [[127], [128]]
+    assert q_TH[:, 3].tolist() == [448, 224]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width"), [(0, 128), (1, 128), (33, 384), (64, 512), (5, 640), (70, 1024)]
+)
+def test_powers_of_two_are_the_least_that_hold_a_group(
+    quantise_rows_ue8m0: Callable, num_rows: int, width: int
+) -> None:
+    num_groups = width // 128
+    x_TH = make_rows(num_rows, width, seed=10)
+    q_TH, scale_TW = quantise_rows_ue8m0(x_TH)
+    assert q_TH.is_contiguous()
+    assert scale_TW.is_contiguous()
+    assert scale_TW.dtype == torch.int32
+    assert scale_TW.shape == (num_rows, -(-num_groups // 4))
+    groups = x_TH.double().reshape(num_rows, num_groups, 128)
+    amax_TG = groups.abs().amax(2).clamp(min=1e-4)
+    scale_TG = powers_of_two(scale_TW, num_groups)
+    assert (amax_TG <= 448 * scale_TG).all()
+    assert (amax_TG > 448 * scale_TG / 2).all()
+    expected = (groups / scale_TG[..., None]).to(torch.float8_e4m3fn).float()
+    assert_close("values", expected.view(x_TH.shape), q_TH.float(), tolerance=0.0)
+
+
+def test_scale_bytes_of_no_group_are_zero(quantise_rows_ue8m0: Callable) -> None:
+    """What a GEMM reads there must not depend on what the memory held."""
+    for _ in range(3):
+        assert not (quantise_rows_ue8m0(make_rows(9, 640, seed=11))[1][:, 1] >> 8).any()
+
+
+def test_strided_rows_get_the_powers_of_two_of_contiguous_ones(
+    quantise_rows_ue8m0: Callable,
+) -> None:
+    x_TH = make_rows(40, 512, seed=12)
+    for part in (x_TH[:, 128:384], x_TH[::3]):
+        for found, expected in zip(
+            quantise_rows_ue8m0(part), quantise_rows_ue8m0(part.contiguous()), strict=True
+        ):
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_a_group_that_is_not_finite_is_nan_under_powers_of_two(
+    quantise_rows_ue8m0: Callable, value: float
+) -> None:
+    x_TH = make_rows(40, 384, seed=13)
+    clean, clean_TW = quantise_rows_ue8m0(x_TH)
+    x_TH[7, 130] = value
+    q_TH, scale_TW = quantise_rows_ue8m0(x_TH)
+    assert q_TH[7, 128:256].float().isnan().all()
+    assert (scale_TW[7, 0] >> 8) & 255 == 255
+    q_TH[7, 128:256], scale_TW[7, 0] = clean[7, 128:256], clean_TW[7, 0]
+    assert torch.equal(q_TH.view(torch.uint8), clean.view(torch.uint8))
+    assert torch.equal(scale_TW, clean_TW)
+
+
+def test_powers_of_two_refuse_what_does_not_fit_the_groups(quantise_rows_ue8m0: Callable) -> None:
+    with pytest.raises(ValueError, match="no multiple of 128"):
+        quantise_rows_ue8m0(torch.zeros(2, 130, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"must be torch\.bfloat16"):
+        quantise_rows_ue8m0(torch.zeros(2, 128))

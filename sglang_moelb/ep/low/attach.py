@@ -18,7 +18,7 @@ import torch.distributed as dist
 from sglang_moelb.config import Config
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.low.flags import HostFlags
-from sglang_moelb.ep.low.formats import EMULATED, format_named
+from sglang_moelb.ep.low.formats import EMULATED, caution, format_named, format_refusal
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
@@ -35,8 +35,6 @@ from sglang_moelb.hot_config import wants_slots, without_slots
 
 logger = logging.getLogger("sglang_moelb")
 
-HOPPER = 9
-
 
 def attach_downgrade(
     model_runner: Any, config: Config, rank: int, group: Any
@@ -52,7 +50,7 @@ def attach_downgrade(
             _refuse("downgrade.slots 0", "there is no room to convert weights into; use 1 or 2")
         return without_slots(config), None, MemoryLedger()
     layers = expert_layers(model_runner.model)
-    refusal = refusal_of(config, layers)
+    refusal = refusal_of(config.downgrade.format, layers)
     if refusal:
         if config.mode == "downgrade":
             _refuse(*refusal)
@@ -73,6 +71,8 @@ def attach_downgrade(
         low_format=format_named(config.downgrade.format, layers),
     )
     _refuse_updates(config, layers[0])
+    if told := caution(staging.low_format.NAME, device):
+        logger.warning("sglang_moelb: %s", told)
     if device.type == "cuda":
         warm_up(layers[0], staging, group)
     ledger = _ledger(model_runner, staging)
@@ -114,13 +114,14 @@ def layers_named(text: str, num_layers: int) -> frozenset[int]:
 
 
 def refusal_of(
-    config: Config, layers: Sequence[Any], *, prefills_only: bool = True
+    name: str, layers: Sequence[Any], *, prefills_only: bool = True
 ) -> tuple[str, str] | None:
     """What keeps this server from running experts at two precisions, and why; None if nothing does.
 
-    `prefills_only`: as levers do; resident copies act in decode too.
+    `name`: the lower, as `downgrade.format` has it. `prefills_only`: as levers do; resident copies
+    act in decode too.
     """
-    layer, is_emulated = layers[0], config.downgrade.format in EMULATED
+    layer = layers[0]
     refusal = (
         quantised_refusal(
             layers,
@@ -142,8 +143,8 @@ def refusal_of(
     return (
         offload_refusal()
         or dispatch_refusal(layer, prefills_only=prefills_only)
-        or (_activation_refusal(config.downgrade.format, layer) if is_emulated else None)
-        or _device_refusal(layer, is_emulated)
+        or (_activation_refusal(name, layer) if name in EMULATED else None)
+        or format_refusal(name, layer.w13_weight)
     )
 
 
@@ -163,21 +164,6 @@ def _activation_refusal(name: str, layer: Any) -> tuple[str, str] | None:
         return (
             f"experts with {found}",
             f"downgrade.format {name} emulates silu(gate) * up without more; use fp8",
-        )
-    return None
-
-
-def _device_refusal(layer: Any, is_emulated: bool) -> tuple[str, str] | None:
-    weight = layer.w13_weight
-    if not weight.is_cuda:
-        return None
-    if weight.dtype != torch.bfloat16:
-        return f"--dtype {weight.dtype}", "weights are converted from bfloat16; use bfloat16"
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability[0] != HOPPER and not is_emulated:
-        return (
-            f"a GPU of compute capability {capability[0]}.{capability[1]}",
-            "fp8 with 128x128 blocks is written for Hopper (9.0)",
         )
     return None
 

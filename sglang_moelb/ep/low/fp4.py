@@ -45,8 +45,11 @@ class Fp4Weights:
 class EmulatedFp4:
     """A `LowFormat`: weights in one block format, rows in another."""
 
-    def __init__(self, layers: Sequence[Any], *, weights: BlockFormat, rows: BlockFormat) -> None:
+    def __init__(
+        self, name: str, layers: Sequence[Any], *, weights: BlockFormat, rows: BlockFormat
+    ) -> None:
         """NVFP4's globals are those of the weights at this moment, for each expert of `layers`."""
+        self.NAME = name
         self._weights = weights
         self._rows = rows
         self._globals = {id(layer): self._globals_of(layer) for layer in layers}

@@ -17,6 +17,7 @@ import torch
 from sglang_moelb.kernels.convert_fp8 import convert_fp8
 from sglang_moelb.kernels.quantise_rows import quantise_masked_rows, quantise_rows
 
+NAME = "fp8"
 BLOCK = 128
 
 

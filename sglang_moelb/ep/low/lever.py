@@ -43,9 +43,13 @@ class DowngradeLever:
         self._asked: Asked | None = None
         self._num_low_layers = 0
 
-    def told(self) -> dict[str, int]:
+    def told(self) -> dict[str, int | str]:
         """For the status: what this rank has done, and how often it had to wait for a plan."""
-        return {"num_low_layers": self._num_low_layers, "num_host_waits": self._flags.num_waits}
+        return {
+            "format": self._staging.low_format.NAME,
+            "num_low_layers": self._num_low_layers,
+            "num_host_waits": self._flags.num_waits,
+        }
 
     def prepare(self, layer: int, low_E: torch.Tensor) -> None:
         """Before the dispatch of `layer`: start its conversion, and the plan's way to the host."""

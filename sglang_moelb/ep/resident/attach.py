@@ -67,7 +67,7 @@ def attach_resident(
     refusal = (
         _misfit(placement, topology, layers)
         or _server_refusal(model_runner.server_args)
-        or low.refusal_of(Config(), layers, prefills_only=False)
+        or low.refusal_of("fp8", layers, prefills_only=False)
         or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
         or _moves_refusal(config, num_slots)

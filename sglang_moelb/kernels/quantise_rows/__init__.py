@@ -1,7 +1,8 @@
 """Activations from bf16 to fp8 for DeepGEMM's grouped GEMMs, alone or with SiLU-and-multiply.
 
 Shape letters: T rows, H features, N gate and up features (N = 2 * I), I features between the two
-GEMMs, G groups of 128 features, e local experts, M rows that one has room for.
+GEMMs, G groups of 128 features, W words of four groups, e local experts, M rows that one has room
+for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels.quantise_rows import ref
 
-__all__ = ["quantise_masked_rows", "quantise_rows", "silu_mul_quantise"]
+__all__ = ["quantise_masked_rows", "quantise_rows", "quantise_rows_ue8m0", "silu_mul_quantise"]
 
 
 def quantise_rows(
@@ -100,3 +101,32 @@ def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Ten
 
         return kernel.quantise_masked_rows(x_eMH, num_rows_e)
     return ref.quantise_masked_rows(x_eMH, num_rows_e)
+
+
+def quantise_rows_ue8m0(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float8 e4m3 with a power of two for every 128 columns: DeepGEMM's on SM100.
+
+    The scale of a group is the least power of two that keeps its largest value within 448; finite
+    groups equal DeepGEMM's `per_token_cast_to_fp8` with ue8m0, bit for bit. A group that holds NaN
+    or Inf becomes NaN, as e8m0 has no infinity: its values and its scale byte, 255.
+
+    Args:
+        x_TH: bfloat16, H a multiple of 128; T may be 0. Rows may be strided.
+
+    Returns:
+        q_TH float8_e4m3fn, contiguous, and scale_TW int32, contiguous: byte g % 4 of word g // 4
+        (little-endian) is the exponent of group g plus 127; bytes of no group are 0. That is what
+        SGLang's scatter into the experts' order takes on Blackwell. Exact; equal on host and device
+        but for the sign of NaN; no host sync.
+
+    Raises:
+        ValueError: x is not bfloat16, or H is no multiple of 128.
+
+    Example: a group whose largest value is 448 has scale byte 127; one of 450 has 128, and its
+    value is 225.0 rounded to e4m3, 224.
+    """
+    if x_TH.is_cuda:
+        from sglang_moelb.kernels.quantise_rows import kernel
+
+        return kernel.quantise_rows_ue8m0(x_TH)
+    return ref.quantise_rows_ue8m0(x_TH)

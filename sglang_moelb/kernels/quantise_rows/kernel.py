@@ -18,10 +18,12 @@ from torch import Tensor
 
 from sglang_moelb.kernels import fp8, fp8_device
 from sglang_moelb.kernels.quantise_rows.ref import (
+    NAN_BYTE,
     check_masked,
     check_rows,
     empty_masked_scales,
     empty_scales,
+    empty_words,
 )
 
 TILE_ROWS = 32
@@ -30,6 +32,7 @@ NUM_WARPS = 4
 MASKED_TILE_ROWS, MAX_WALKERS = 16, 4
 
 GROUP = fp8_device.GROUP
+E8M0_NAN = tl.constexpr(NAN_BYTE)
 
 
 # Not by values that change with the batch: compiling in a live pass makes the other ranks wait.
@@ -123,6 +126,38 @@ def _quantise_tile(
     tl.store(scale_at, scale, mask=row < num_valid)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantise_ue8m0(
+    x_ptr,
+    q_ptr,
+    byte_ptr,
+    num_rows,
+    x_stride,
+    NUM_GROUPS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    group = tl.program_id(0) % NUM_GROUPS
+    row = tl.program_id(0) // NUM_GROUPS * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    inside = (row < num_rows)[:, None]
+    column = group * GROUP + tl.arange(0, GROUP)[None, :]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + column
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    # As integers magnitudes order alike, with Inf and then NaN above all.
+    amax_bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+    is_finite = amax_bits < fp8_device.EXPONENT_MASK
+    amax = tl.where(is_finite, amax_bits, 0).to(tl.float32, bitcast=True)
+    scale, _ = fp8_device.scale_of(amax)
+    bits = scale.to(tl.int32, bitcast=True)
+    byte = (bits >> 23) + ((bits & 0x7FFFFF) > 0).to(tl.int32)
+    factor = ((254 - byte) << 23).to(tl.float32, bitcast=True)
+    q = fp8_device.to_fp8(x * tl.where(is_finite, factor, float("nan"))[:, None])
+    q_at = q_ptr + row.to(tl.int64)[:, None] * (NUM_GROUPS * GROUP) + column
+    tl.store(tl.max_contiguous(q_at, [1, 8]), q, mask=inside)
+    byte_at = byte_ptr + row.to(tl.int64) * ROW_BYTES + group
+    tl.store(byte_at, tl.where(is_finite, byte, E8M0_NAN).to(tl.uint8), mask=row < num_rows)
+
+
 def quantise_rows(
     x_TH: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -157,6 +192,27 @@ def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Ten
             num_warps=NUM_WARPS,
         )
     return q_eMH, scale_eMG
+
+
+def quantise_rows_ue8m0(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
+    num_rows, num_groups = check_rows(x_TH, fp8.GROUP)
+    x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    q_TH = torch.empty(x_TH.shape, dtype=torch.float8_e4m3fn, device=x_TH.device)
+    scale_TW = empty_words(num_rows, num_groups, x_TH.device)
+    if q_TH.numel():
+        _quantise_ue8m0[(triton.cdiv(num_rows, TILE_ROWS) * num_groups,)](
+            x_TH,
+            q_TH,
+            scale_TW.view(torch.uint8),
+            num_rows,
+            x_TH.stride(0),
+            NUM_GROUPS=num_groups,
+            ROW_BYTES=4 * scale_TW.shape[1],
+            TILE_ROWS=TILE_ROWS,
+            num_warps=NUM_WARPS,
+        )
+    return q_TH, scale_TW
 
 
 def _launch(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sglang_moelb.kernels.fp8 import GROUP, quantise
+from sglang_moelb.kernels.fp8 import FP8_MAX, GROUP, MIN_AMAX, quantise
 
 TMA_ALIGNMENT = 4  # float32s in 16 bytes
+WORD_GROUPS = 4  # scale bytes in an int32
+NAN_BYTE = 255  # of e8m0
 
 
 def quantise_rows(
@@ -37,6 +39,29 @@ def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Ten
     q_TH, scale_TG = quantise_rows(x_eMH.reshape(-1, x_eMH.shape[2]))
     scale_eMG = empty_masked_scales(num_experts, max_rows, num_groups, x_eMH.device)
     return q_TH.view(x_eMH.shape), scale_eMG.copy_(scale_TG.view(scale_eMG.shape))
+
+
+def quantise_rows_ue8m0(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sglang_moelb.kernels.quantise_rows`. Runs wherever its tensor is."""
+    num_rows, num_groups = check_rows(x_TH, GROUP)
+    groups = x_TH.float().reshape(num_rows, num_groups, GROUP)
+    amax_TG = groups.abs().amax(2)
+    is_finite_TG = amax_TG.isfinite()
+    # By a tensor, since torch multiplies by the inverse of a number on CUDA, which rounds apart.
+    bits = (amax_TG.clamp(min=MIN_AMAX) / torch.full_like(amax_TG, FP8_MAX)).view(torch.int32)
+    byte_TG = (bits >> 23) + ((bits & 0x7FFFFF) > 0).int()
+    factor_TG = ((254 - byte_TG) << 23).view(torch.float32)  # 2**(127 - byte)
+    scaled = groups * factor_TG.where(is_finite_TG, torch.nan)[..., None]
+    scale_TW = empty_words(num_rows, num_groups, x_TH.device)
+    byte_TG = byte_TG.where(is_finite_TG, NAN_BYTE)
+    scale_TW.view(torch.uint8)[:, :num_groups] = byte_TG.to(torch.uint8)
+    return scaled.to(torch.float8_e4m3fn).view(num_rows, num_groups * GROUP), scale_TW
+
+
+def empty_words(num_rows: int, num_groups: int, device: torch.device) -> Tensor:
+    """Memory for scale_TW, in which bytes of no group are 0."""
+    make = torch.zeros if num_groups % WORD_GROUPS else torch.empty
+    return make(num_rows, -(-num_groups // WORD_GROUPS), dtype=torch.int32, device=device)
 
 
 def check_masked(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[int, int, int]:
