@@ -11,6 +11,8 @@ ABILITY = "what works"
 MIN_MEMORY_MIB = 5 * 1024  # a server of 2 ranks on CPU: 5 processes of 0.7 GiB, and the client
 RANK_CHOICES = (2, 4, 8)  # one host; DeepEP has tuned configurations for these
 LOSSY = ("expand", "drop", "downgrade", "auto")
+LOW_PRECISION = {9: "fp8", 10: "mxfp4, not yet run on such GPUs"}  # by major capability
+EMULATED_ONLY = "on these GPUs only with downgrade.format nvfp4-emulated or mxfp4-emulated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,18 +108,26 @@ def abilities(facts: Facts) -> list[Row]:
         _row("server on CPU", cpu, "launch/serve_moelb.sh tiny-vl_cpu"),
         _row("demo and A/B on CPU", demo_needs(facts), "make demo, or: moelb ab --cpu"),
         _row("EP with DeepEP on GPUs", gpu, f"up to {ranks} ranks: launch/serve_moelb.sh"),
-        *(_mode(mode, gpu, cpu) for mode in MODES),
+        *(_mode(mode, facts, gpu, cpu) for mode in MODES),
         _role("prefill role", facts, gpu),
         _role("decode role", facts, gpu),
         _eplb(facts),
     ]
 
 
-def _mode(mode: str, gpu: list[Need], cpu: list[Need]) -> Row:
+def _mode(mode: str, facts: Facts, gpu: list[Need], cpu: list[Need]) -> Row:
     what = f"mode {mode}"
     places = [name for name, needs in (("GPUs", gpu), ("CPU", cpu)) if not needs]
     note = "lossy" if mode in LOSSY else "same output as stock"
+    if mode == "downgrade" and not gpu:
+        note += f"; {_low_precision(facts)}"
     return _row(what, [] if places else cpu, f"on {' and '.join(places)}, {note}")
+
+
+def _low_precision(facts: Facts) -> str:
+    """What `downgrade.format` auto is on the GPUs here, as `ep.low.formats` chooses it."""
+    told = {LOW_PRECISION.get(gpu.capability[0], EMULATED_ONLY) for gpu in facts.gpus}
+    return ", ".join(sorted(told))
 
 
 def _role(what: str, facts: Facts, gpu: list[Need]) -> Row:

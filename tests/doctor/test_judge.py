@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sglang_moelb.doctor.abilities import num_ranks_possible
 from sglang_moelb.doctor.facts import Facts, Links, Mark, PatchFact
 from sglang_moelb.doctor.judge import judge
+from sglang_moelb.ep.low import formats
 from sglang_moelb.types import MODES
 
 from .world import A100, H100, failing, host, laptop, links, plugin, row, seam, with_package
@@ -33,6 +35,21 @@ def test_a_host_of_h100s_runs_everything() -> None:
     assert "up to 4 ranks" in row(report, "EP with DeepEP on GPUs").found
     assert row(report, "mode auto").found.startswith("on GPUs and CPU")
     assert row(report, "links").found == "NV18"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3), (12, 0)])
+def test_mode_downgrade_says_what_it_computes_in_on_the_gpus_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    gpu = replace(H100, capability=capability)
+    told = row(judge(host(2, gpus=(gpu, gpu))), "mode downgrade")
+    monkeypatch.setattr(formats, "capability_of", lambda device: capability)
+    monkeypatch.setattr(formats, "find_spec", lambda name: object())
+    chosen = formats.resolved("auto", torch.device("cpu"))
+    assert told.mark is Mark.OK
+    assert f"lossy; {chosen or 'on these GPUs only with downgrade.format'}" in told.found
+    assert ("not yet run" in told.found) == bool(formats.caution(chosen, torch.device("cpu")))
+    assert "fp8" not in row(judge(laptop()), "mode downgrade").found
 
 
 @pytest.mark.parametrize("label", ["DeepEP", "DeepGEMM", "SGLang kernels"])

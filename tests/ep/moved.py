@@ -62,9 +62,10 @@ class World:
         """Open a pass in which the leader's policy wants `move`."""
         word = move.word() if move and self.rank == 0 else 0
         sizes = Sizes(
-            num_tokens=num_tokens, num_prefill_tokens=num_tokens, num_protected_tokens=0,
+            num_tokens=num_tokens,
+            num_prefill_tokens=num_tokens,
             phase="prefill" if num_tokens else "idle",
-        )  # fmt: skip
+        )
         self.agreement.start(Policy(epoch=1, move=word, move_ms=move_ms), sizes)
         return self.agreement.finish()
 

@@ -28,7 +28,7 @@ HOT = 5  # on rank 1, which holds the only replica, that of expert 0
 
 def told(step: int, moved: Moved, policy: Policy) -> RawPass:
     sizes = Sizes(
-        num_tokens=500, num_prefill_tokens=500, num_protected_tokens=0, phase="prefill",
+        num_tokens=500, num_prefill_tokens=500, phase="prefill",
         move_us=3, move_sum=-7,
     )  # fmt: skip
     message = RawPass(

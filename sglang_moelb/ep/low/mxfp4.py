@@ -4,7 +4,8 @@ The runner takes its precision from the weights that it is given with each call,
 it hands on unchanged is made here as DeepGEMM wants it: codes as int8, scales as packed powers of
 two. Not yet run on that hardware.
 
-Shape letters: e local experts of this rank, H hidden size, I expert size, J = 2I gate and up.
+Shape letters: e local experts of this rank, N received rows, H hidden size,
+I expert size, J = 2I gate and up.
 """
 
 from __future__ import annotations
