@@ -67,12 +67,7 @@ class World:
         """A pass under `policy`; its times are those of rows on rank 0 and of the slowest rank."""
         topology, rng = self._topology, self._rng
         num_tokens = int(rng.integers(MIN_TOKENS, MAX_TOKENS))
-        sizes = Sizes(
-            num_tokens=num_tokens,
-            num_prefill_tokens=num_tokens,
-            num_protected_tokens=0,
-            phase="prefill",
-        )
+        sizes = Sizes(num_tokens=num_tokens, num_prefill_tokens=num_tokens, phase="prefill")
         agreed = Agreed(policy=policy, sizes_R=(sizes,) * topology.num_ranks)
         begun = self._mark(0.0)
         log = PassLog(

@@ -33,7 +33,7 @@ from sglang_moelb.ep import controller_link, observe, open_pass, points, records
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, exchange_for
 from sglang_moelb.ep.low.lanes import HostLanes, lanes_of
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import PLAIN, Requests, RowWindow
 from sglang_moelb.ep.replicas import lever as replica_lever
 from sglang_moelb.ep.replicas import plan as replica_plan
 from sglang_moelb.ep.replicas.lever import ReplicateLever
@@ -41,7 +41,6 @@ from sglang_moelb.ep.replicas.memory import LayerExperts
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.kernels.launch import Launcher
 from sglang_moelb.types import Topology
 
 NUM_LAYERS, NUM_EXPERTS, TOPK, NUM_SLOTS = 12, 128, 8, 8
@@ -117,6 +116,8 @@ def compile_without_launching() -> None:
 
 def look_up_at_each_launch() -> None:
     """Forget what `Launcher` holds, at each launch."""
+    from sglang_moelb.kernels.launch import Launcher
+
     held = Launcher.__call__
 
     def launch(self: Launcher, *args: Any) -> None:
@@ -223,7 +224,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
         dispatchers=[Dispatcher() for _ in range(NUM_LAYERS)],
         layers=[SimpleNamespace(quant_method=method) for _ in range(NUM_LAYERS)],
     )
-    requests = Requests(runs=((num_tokens, False),), phase="prefill")
+    requests = Requests(runs=((num_tokens, PLAIN),), phase="prefill")
     ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     given = SimpleNamespace(
         batch=SimpleNamespace(input_ids=ids_T, moelb_requests=requests, mm_inputs=None),
@@ -251,6 +252,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     for module, names in originals.items():
         vars(module).update(names)
     made.controller.stop()
+    KEPT.append(made)
     return {
         "mode": mode,
         "tokens": num_tokens,
@@ -261,6 +263,7 @@ def measure(mode: str, device: torch.device, num_tokens: int, num_passes: int) -
     }
 
 
+KEPT: list[Any] = []  # memory that the driver has registered must not be mapped again
 WATCHED = (replica_plan, replica_lever, observe, runtime, records, open_pass, controller_link)
 
 

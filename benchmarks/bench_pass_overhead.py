@@ -37,17 +37,18 @@ from sglang_moelb.config import Config, merge
 from sglang_moelb.ep import points, runtime
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, exchange_for
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import PLAIN, Requests, RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
+from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 from sglang_moelb.types import Topology
 
 NUM_LAYERS, NUM_EXPERTS, NUM_ROWS, TOPK = 12, 128, 1024, 8
 NUM_ROUTINGS, WARM_UP, SEED = 5, 40, 3
 LAYER_S = 0.0003  # the device's part of a layer, in which the serving thread waits
 READ_TIMEOUT_S = 10.0
-PREFILL = Requests(runs=((NUM_ROWS, False),), phase="prefill")
+PREFILL = Requests(runs=((NUM_ROWS, PLAIN),), phase="prefill")
 
 
 class TopKOutput(NamedTuple):
@@ -195,6 +196,7 @@ def serve(rank: int, store: str, given: argparse.Namespace) -> None:
     """All passes of one rank; rank 0 checks and prints."""
     torch.set_num_threads(1)
     on_gpu = given.device == "cuda"
+    close_torchvision_gap()  # the status imports parts of SGLang, and it torchvision
     if on_gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(

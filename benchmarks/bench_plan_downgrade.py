@@ -23,8 +23,9 @@ def make_cases(device: str) -> Iterator[BenchCase]:
     """4 ranks of 128 experts and 64 ranks of 256, skewed and mostly vision."""
     for num_ranks, num_experts in ((4, 128), (64, 256)):
         case = random_routing(
-            NUM_TOKENS, TOPK, num_experts, seed=1, skew=3.0, vision_share=0.9, device=device
-        )
+            NUM_TOKENS, TOPK, num_experts, seed=1, skew=3.0, vision_share=0.9,
+            protected_share=0.0, device=device,
+        )  # fmt: skip
         row_W, _ = count_experts(
             case.ids_TC,
             case.weights_TC,

@@ -105,9 +105,7 @@ def tokens_of(folder: Path, num_rows: int, repeats: int) -> str:
 
 
 def _log(num_rows: int) -> PassLog:
-    sizes = Sizes(
-        num_tokens=num_rows, num_prefill_tokens=num_rows, num_protected_tokens=0, phase="prefill"
-    )
+    sizes = Sizes(num_tokens=num_rows, num_prefill_tokens=num_rows, phase="prefill")
     agreed = Agreed(policy=Policy(epoch=0), sizes_R=(sizes,))
     return PassLog(
         step=0,

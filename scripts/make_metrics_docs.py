@@ -18,6 +18,7 @@ LABELS = {
     "trace": "`passes` is written by `--moelb-trace`, `tokens` by `--moelb-trace-tokens`",
     "kind": "of a stall",
     "when": "before or after the lever",
+    "outcome": "of a move of a resident replica",
     "gate": "class of the status's `gate_reason`",
     "reason": "class of the status's `last_decision.reason`, which has the whole sentence",
     "layer": "MoE layers, from 0",

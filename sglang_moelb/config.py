@@ -84,7 +84,12 @@ class ReplicateConfig(_Section, frozen=True):
 class ResidentConfig(_Section, frozen=True):
     """Lasting replicas and experts stored low (R&Q), loaded at start."""
 
+    # The two below decide what is allocated at start and cannot change while serving.
     placement: str = ""  # a file of `moelb calibrate`; "": none
+    recalibrate: bool = False  # move replicas while serving
+    move_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 1.0  # stall a pass; 0: none moves
+    window_passes: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 128  # prefill passes
+    min_gain: Share = 0.05  # of a layer's busiest rank's rows, below which nothing moves
 
 
 class ControllerConfig(_Section, frozen=True):
@@ -244,6 +249,7 @@ def policy_of(config: Config, lever: Lever, *, epoch: int, reason: str) -> Polic
         min_copy_rows=replicate.min_rows,
         send_rows=replicate.send_rows,
         receive_rows=replicate.receive_rows,
+        move_ms=config.resident.move_ms,
         reason=reason,
     )
 

@@ -22,6 +22,7 @@ START_KNOBS = (
     "replicate.ready",
     "replicate.slots",
     "resident.placement",
+    "resident.recalibrate",
 )
 KNOB_PREFIX = "moelb."  # of our knobs in SGLang's state update
 
@@ -108,8 +109,13 @@ def refuse_change(before: Config, wanted: Config) -> None:
 
 
 def refuse_beside_resident(config: Config) -> None:
-    """Raise `ConfigError` for what does not work with `resident.placement`."""
+    """Raise `ConfigError` for what does not work with `resident.placement`, or without it."""
     if not config.resident.placement:
+        if config.resident.recalibrate:
+            raise ConfigError(
+                "moelb config: resident.recalibrate is True, but resident.placement is not set: "
+                "give the file to start from, made by moelb calibrate, or leave it out"
+            )
         return
     for name, wrong in (
         (f"mode is {config.mode!r}", config.mode != "none"),

@@ -122,7 +122,9 @@ class Policy:
     under the lever downgrade a rank above it is lowered where more than `vision_share` of its rows
     are vision, in `form`; under replicate an expert's copy takes `min_copy_rows` or more, and costs
     its sender and its receiver the time of `send_rows` and `receive_rows`; `macs_delta` and
-    `macs_rho` are MACS's delta and rho; `reason` is for people.
+    `macs_rho` are MACS's delta and rho; `move` is the newest move of a resident replica, 0 for none
+    (`controller.moves`, it has a number of its own beside the epoch), at `move_ms` a pass at most;
+    `reason` is for people.
     """
 
     epoch: int
@@ -144,6 +146,8 @@ class Policy:
     min_copy_rows: int = 256
     send_rows: int = 0
     receive_rows: int = 0
+    move: int = 0
+    move_ms: float = 1.0
     reason: str = ""
 
 
@@ -182,7 +186,8 @@ class StepRecord:
     rank: int
     num_tokens_R: IntArray
     num_vision_tokens_R: IntArray
-    num_protected_tokens_R: IntArray
+    num_protected_tokens_R: IntArray  # nothing of them is cut: of decode, or refused
+    num_refused_tokens_R: IntArray  # of requests that refuse lossy levers
     rows_LEM: IntArray
     rows_after_LR: IntArray
     routed_mass: float

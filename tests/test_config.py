@@ -75,6 +75,10 @@ KNOBS = {
     "replicate.ready": False,
     "replicate.slots": 8,
     "resident.placement": "",
+    "resident.recalibrate": False,
+    "resident.move_ms": 1.0,
+    "resident.window_passes": 128,
+    "resident.min_gain": 0.05,
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
@@ -135,7 +139,16 @@ trees = st.fixed_dictionaries(
                 "slots": st.integers(0, 255),
             },
         ),
-        "resident": st.fixed_dictionaries({}, optional={"placement": st.just("p.json")}),
+        "resident": st.fixed_dictionaries(
+            {},
+            optional={
+                "placement": st.just("p.json"),
+                "recalibrate": st.booleans(),
+                "move_ms": st.floats(0, 1000),
+                "window_passes": st.integers(2, 4096),
+                "min_gain": share,
+            },
+        ),
         "controller": st.fixed_dictionaries(
             {},
             optional={
@@ -266,6 +279,10 @@ BAD: dict[str, list[Any]] = {
     "replicate.ready": [0, 1, "true", None],
     "replicate.slots": [-1, 256, 1.5, None],
     "resident.placement": [1, None, True],
+    "resident.recalibrate": [0, 1, "true", None],
+    "resident.move_ms": [-0.1, 1001, "1ms", None],
+    "resident.window_passes": [0, 1, 4097, 1.5],
+    "resident.min_gain": [-0.01, 1.01, "x"],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
@@ -344,6 +361,7 @@ def test_an_unknown_knob_or_section_is_named_and_the_known_ones_are_told(
         {"downgrade.slots": 1},
         {"replicate.slots": 1},
         {"resident.placement": 1},
+        {"resident.recalibrate": 1},
     ],
 )
 def test_numbers_that_mean_nothing_are_an_error(numbers: dict[str, float]) -> None:
@@ -423,3 +441,14 @@ def test_nothing_that_acts_or_forecasts_goes_beside_a_resident_placement(
         refuse_change(start, wanted)
     refuse_change(start, merge(start, {"capacity": {"factor": 1.1}}))
     refuse_beside_resident(merge(Config(), changes))
+
+
+def test_replicas_move_only_from_a_placement_and_are_stopped_but_not_begun_while_serving() -> None:
+    with pytest.raises(ConfigError, match=r"recalibrate is True, but resident\.placement is not"):
+        refuse_beside_resident(merge(Config(), {"resident": {"recalibrate": True}}))
+    still = merge(Config(), {"resident": {"placement": "p.json"}})
+    moves = merge(still, {"resident": {"recalibrate": True}})
+    refuse_beside_resident(moves)
+    with pytest.raises(ConfigError, match=r"recalibrate is True: it decides about memory"):
+        refuse_change(still, moves)
+    refuse_change(moves, merge(moves, {"resident": {"move_ms": 0}}))

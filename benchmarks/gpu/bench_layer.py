@@ -57,10 +57,7 @@ def layer_input(num_tokens: int, skew: float, rank: int, num_ranks: int) -> Laye
 
 def agreed_on(policy: Policy, num_tokens: int, num_ranks: int) -> Agreed:
     """Every rank prefills `num_tokens`."""
-    sizes = Sizes(
-        num_tokens=num_tokens, num_prefill_tokens=num_tokens, num_protected_tokens=0,
-        phase="prefill",
-    )  # fmt: skip
+    sizes = Sizes(num_tokens=num_tokens, num_prefill_tokens=num_tokens, phase="prefill")
     return Agreed(policy=policy, sizes_R=(sizes,) * num_ranks)
 
 
@@ -161,7 +158,7 @@ def measure(
                 )
                 call, num_layers = partial(balancer.run, routed, agreed, lever), 1
                 if lever is Lever.DOWNGRADE:
-                    call = partial(plan_low, routed, agreed, topology, exchange)
+                    call = partial(plan_low, routed, policy, topology, exchange)
                 if lever is Lever.REPLICATE:
                     call = partial(replicate, routed, policy, topology, exchange, rank)
                 if lever is Lever.NONE:

@@ -26,7 +26,6 @@ from benchmarks.gpu.draw_layer import draw, layer_view, load, work_of
 from benchmarks.gpu.one_layer import ALIGNMENT, LayerSizes, make_layer
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ab.theme import LIGHT, render
-from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerInput
 from sglang_moelb.ep.exchange import exchange_for
 from sglang_moelb.ep.low.flags import HostFlags
@@ -51,13 +50,13 @@ class Rig:
     layers: list[Any]
     lever: DowngradeLever
     routed: LayerInput
-    agreed: Agreed
+    policy: Policy
 
     def run_layer(self, number: int, low: bool) -> torch.Tensor:
         """One layer from its routing to the combined rows."""
         layer = self.layers[number]
         if low:
-            plan = plan_low(self.routed, self.agreed, self.topology, self.exchange)
+            plan = plan_low(self.routed, self.policy, self.topology, self.exchange)
             self.lever.prepare(number, plan.low_E)
         rows, handle = self._dispatched()
         out = self.lever.run(layer, rows) if low else None
@@ -125,10 +124,6 @@ def make_rig(num_tokens: int, skew: float) -> Rig:
         flags_T=torch.full((num_tokens,), FLAG_VISION, dtype=torch.uint8, device=device),
         scoring="softmax",
     )
-    seen = Sizes(
-        num_tokens=num_tokens, num_prefill_tokens=num_tokens, num_protected_tokens=0,
-        phase="prefill",
-    )  # fmt: skip
     return Rig(
         rank=rank,
         topology=Topology(
@@ -141,10 +136,7 @@ def make_rig(num_tokens: int, skew: float) -> Rig:
         layers=layers,
         lever=DowngradeLever(layers, rank, staging, HostFlags(sizes.num_experts, device)),
         routed=routed,
-        agreed=Agreed(
-            policy=Policy(epoch=1, lever=Lever.DOWNGRADE, capacity_factor=1.0),
-            sizes_R=(seen,) * num_ranks,
-        ),
+        policy=Policy(epoch=1, lever=Lever.DOWNGRADE, capacity_factor=1.0),
     )
 
 

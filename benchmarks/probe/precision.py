@@ -8,7 +8,7 @@ the probe's test items four times: off, off once more (what is left is the noise
 ReaLB's rule (factor 1, vision share 0.7), and always (any rank with more than a millionth of the
 mean load and a vision row). Text and images are in flight together, so that text-only requests meet
 lowered experts in their batches; they are counted separately. Two ways: `served`, answers are
-generated, and passes with a row of decode stay as they are; `prefilled`, answers are teacher-forced
+generated; `prefilled`, answers are teacher-forced
 (`benchmarks/probe/force.py`), so that nothing is decoded. One row a format, way, setting and group,
 against the first run with the lever off. `--table rows.jsonl` prints rows as Markdown.
 """
@@ -236,7 +236,10 @@ def _settled(server: Server) -> dict[str, Any]:
 
 
 def low_share(before: dict[str, Any], after: dict[str, Any], found: Evaluation) -> float:
-    """Rows at low precision as a share of the prompts' rows in all MoE layers."""
+    """Rows at low precision as a share of the prompts' rows in all MoE layers.
+
+    Decode rows that run low in a pass of prompts are among the former only.
+    """
     num_low = after["totals"]["num_low_rows"] - before["totals"]["num_low_rows"]
     topology = after["topology"]
     num_tokens = sum(item.num_prompt_tokens for item in found.items)

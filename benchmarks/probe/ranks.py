@@ -187,12 +187,7 @@ class Ranks:
 
 
 def _sizes(num_tokens: int) -> Sizes:
-    return Sizes(
-        num_tokens=num_tokens,
-        num_prefill_tokens=num_tokens,
-        num_protected_tokens=0,
-        phase="prefill",
-    )
+    return Sizes(num_tokens=num_tokens, num_prefill_tokens=num_tokens, phase="prefill")
 
 
 def _rank_rows(ids: Tensor, topology: Topology) -> Tensor:

@@ -20,13 +20,10 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.probe.device import Batch, upload
-from benchmarks.probe.export import load
-from benchmarks.probe.loader import make_fixed
-from benchmarks.probe.model import FAST, PLAIN, Probe, Ways
-from benchmarks.probe.pack import measure, write
+from benchmarks.probe.batches import exported, fixed_batches, placed, ways_on
+from benchmarks.probe.device import Batch
+from benchmarks.probe.model import Probe, Ways
 from benchmarks.probe.sweep import answer
-from benchmarks.probe.tasks import TASKS, make_item
 from sglang_moelb.calibrate.importance import write_importance
 from sglang_moelb.types import FloatArray
 
@@ -73,19 +70,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        probe = load(args.model)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
     device = torch.device(args.device)
-    ways = FAST if device.type == "cuda" else PLAIN
-    probe.to(device, torch.float32 if ways == PLAIN else torch.bfloat16)
-    indices = range(FIRST_INDEX, FIRST_INDEX + -(-args.items // len(TASKS)))
-    passes = make_fixed(make_item, tuple(TASKS), "test", indices, args.pass_tokens, args.workers)
-    batches = []
-    for arrays in passes:
-        block = np.empty(measure(arrays).num_bytes, dtype=np.uint8)
-        batches.append(upload(write(arrays, block), block, device, ways.attention))
+    ways = ways_on(device)
+    probe = placed(exported(args.model), device, ways)
+    batches = fixed_batches(
+        FIRST_INDEX, args.items, args.pass_tokens, args.workers, device, ways
+    )
     losses_LE = removal_losses(probe, batches, ways)
     num_items = sum(batch.num_items for batch in batches)
     measured = f"loss of log-probability without the expert, {num_items} items of the probe"

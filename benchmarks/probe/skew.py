@@ -20,12 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.probe.device import upload
-from benchmarks.probe.export import FACTS, load
-from benchmarks.probe.loader import make_fixed
-from benchmarks.probe.model import FAST, PLAIN, Probe, Ways, draw
-from benchmarks.probe.pack import measure, write
-from benchmarks.probe.tasks import TASKS, make_item
+from benchmarks.probe.batches import exported, fixed_passes, placed, uploaded, ways_on
+from benchmarks.probe.export import FACTS
+from benchmarks.probe.model import Probe, Ways, draw
 
 EP_SIZES = (2, 4, 8)
 MODALITIES = ("text", "vision", "all")
@@ -51,11 +48,10 @@ def routed(
     probe: Probe, passes: Sequence[dict[str, NDArray[Any]]], device: torch.device, ways: Ways
 ) -> NDArray[np.float64]:
     """[B, L, 2, E] rows of text and vision tokens on each expert."""
-    probe = probe.to(device, torch.float32 if ways == PLAIN else torch.bfloat16)
+    probe = placed(probe, device, ways)
     loads = []
     for arrays in passes:
-        block = np.empty(measure(arrays).num_bytes, dtype=np.uint8)
-        batch = upload(write(arrays, block), block, device, ways.attention)
+        batch = uploaded(arrays, device, ways)
         loads.append(torch.stack(probe(batch.prompts, ways=ways)[1].loads).cpu())
     return torch.stack(loads).double().numpy()
 
@@ -133,15 +129,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        probe = load(args.model)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    probe = exported(args.model)
     seed = int(json.loads((args.model / FACTS).read_text()).get("seed", 0))
-    indices = range(FIRST_INDEX, FIRST_INDEX + args.items)
-    passes = make_fixed(make_item, tuple(TASKS), "test", indices, args.pass_tokens, args.workers)
+    passes = fixed_passes(FIRST_INDEX, args.items, args.pass_tokens, args.workers)
     device = torch.device(args.device)
-    ways = FAST if device.type == "cuda" else PLAIN
+    ways = ways_on(device)
     result = compare(probe, seed, passes, device, ways)
     args.out.write_text(json.dumps(result) + "\n")
     print(table(result))

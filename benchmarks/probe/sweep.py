@@ -25,13 +25,10 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.probe.device import Batch, upload
-from benchmarks.probe.export import load
-from benchmarks.probe.loader import make_fixed
-from benchmarks.probe.model import FAST, PLAIN, Probe, Ways
-from benchmarks.probe.pack import measure, write
+from benchmarks.probe.batches import exported, fixed_batches, placed, ways_on
+from benchmarks.probe.device import Batch
+from benchmarks.probe.model import Probe, Ways
 from benchmarks.probe.ranks import Ranks
-from benchmarks.probe.tasks import TASKS, make_item
 from sglang_moelb.ab.score import mcnemar, paired_difference, ratio_interval, wilson
 from sglang_moelb.types import Expansion, Level, Lever, Metric, Policy, Preference, Rule
 
@@ -187,19 +184,12 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.pass_tokens <= MAX_PASS_TOKENS:
         parser.error(f"--pass-tokens {args.pass_tokens}: use 1 to {MAX_PASS_TOKENS}")
-    try:
-        probe = load(args.model)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
     device = torch.device(args.device)
-    ways = FAST if device.type == "cuda" else PLAIN
-    probe.to(device, torch.float32 if ways == PLAIN else torch.bfloat16)
-    indices = range(FIRST_INDEX, FIRST_INDEX + -(-args.items // len(TASKS)))
-    passes = make_fixed(make_item, tuple(TASKS), "test", indices, args.pass_tokens, args.workers)
-    batches = []
-    for arrays in passes:
-        block = np.empty(measure(arrays).num_bytes, dtype=np.uint8)
-        batches.append(upload(write(arrays, block), block, device, ways.attention))
+    ways = ways_on(device)
+    probe = placed(exported(args.model), device, ways)
+    batches = fixed_batches(
+        FIRST_INDEX, args.items, args.pass_tokens, args.workers, device, ways
+    )
     rows = run(probe, batches, ways, args.ranks, list(settings())[:: args.every])
     facts = {"ranks": args.ranks, "pass_tokens": args.pass_tokens, "passes": len(batches)}
     args.out.write_text(json.dumps({**facts, "device": args.device, "rows": rows}) + "\n")

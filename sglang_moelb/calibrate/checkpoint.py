@@ -23,7 +23,8 @@ from sglang_moelb.calibrate.types import CalibrateError
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-LAYER = r"^(?P<stem>.*\blayers\.(?P<layer>\d+)\.mlp\.experts)\."
+# Layers of multi-token prediction are numbered after the model's, or from 0 under a name of theirs.
+LAYER = r"^(?!(?:.*\.)?mtp\.)(?P<stem>.*\blayers\.(?P<layer>\d+)\.mlp\.experts)\."
 FUSED = re.compile(LAYER + r"gate_up_proj$")
 SINGLE = re.compile(LAYER + r"(?P<expert>\d+)\.gate_proj\.weight$")
 NORM = "post_attention_layernorm.weight"

@@ -40,8 +40,10 @@ FIELDS = (
     "min_copy_rows",
     "send_rows",
     "receive_rows",
+    "move",
+    "move_ms",
 )
-FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho", "vision_share"})
+FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho", "vision_share", "move_ms"})
 NUM_WORDS = len(FIELDS)
 MILLION = 1_000_000
 
@@ -88,5 +90,7 @@ def decode(words: Sequence[int], reason: str) -> Policy:
         min_copy_rows=word["min_copy_rows"],
         send_rows=word["send_rows"],
         receive_rows=word["receive_rows"],
+        move=word["move"],
+        move_ms=word["move_ms"] / MILLION,
         reason=reason,
     )

@@ -33,12 +33,11 @@ OUTLIER = 5.0  # times the median; a compile in the first passes is far above
 class PassLoad:
     """One pass of the window: rows per rank before any lever, and max/mean of them.
 
-    `num_tokens`, `num_protected_tokens` and `rows_L` are over all ranks; `slowest_rows` the rows
-    of the fullest rank, added up over layers, before any lever, and `slowest_rows_run` after the
-    one that acted, where rows at low precision count for what they cost; `my_rows_L` what this
-    rank's experts received, `my_low_L` where any of it ran at low precision, `my_copied_L` where
-    experts were copied to it; `num_copy_layers` had copies on any rank. `mean_balance` is over
-    layers.
+    Numbers of tokens and `rows_L` are over all ranks; `slowest_rows` the rows of the fullest rank,
+    added up over layers, before any lever, and `slowest_rows_run` after the one that acted, where
+    rows at low precision count for what they cost; `my_rows_L` what this rank's experts received,
+    `my_low_L` where any of it ran at low precision, `my_copied_L` where experts were copied to it;
+    `num_copy_layers` had copies on any rank. `mean_balance` is over layers.
     """
 
     record: StepRecord
@@ -51,6 +50,7 @@ class PassLoad:
     mean_balance: float
     num_tokens: int
     num_protected_tokens: int
+    num_refused_tokens: int
     slowest_rows: int
     slowest_rows_run: int
     num_copy_layers: int
@@ -91,6 +91,7 @@ def load_of(
         mean_balance=float(balance_L.sum()) / topology.num_layers,
         num_tokens=_total(record.num_tokens_R),
         num_protected_tokens=_total(record.num_protected_tokens_R),
+        num_refused_tokens=_total(record.num_refused_tokens_R),
         slowest_rows=int(max_L.sum()),
         slowest_rows_run=int(run_LR.max(axis=1).sum()),
         num_copy_layers=int(np.count_nonzero(copies_LR.any(axis=1))),

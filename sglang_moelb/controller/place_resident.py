@@ -76,9 +76,8 @@ def place_resident(
             f"rows of shape {rows_LE.shape} and importance of shape {importance_LE.shape}: the "
             f"model has {topology.num_layers} MoE layers of {topology.num_experts} experts"
         )
-    rules = RULES[limits.aim]
     for num_slots in range(limits.num_slots, -1, -1):
-        replicas = [_replicas(rows_E, topology, num_slots, rules) for rows_E in rows_LE]
+        replicas = [replicas_for(rows_E, topology, num_slots, limits.aim) for rows_E in rows_LE]
         num_low = _num_low(_most(replicas, topology), topology, limits)
         free_LE = _may_be_low(replicas, importance_LE, topology, limits.keep_share)
         if num_low <= _fewest(free_LE, topology):
@@ -120,15 +119,13 @@ class _Layer:
         return np.flatnonzero(~self.held_ER[expert] & (self.free_R > 0))
 
 
-def _replicas(
-    rows_E: IntArray,
-    topology: Topology,
-    num_slots: int,
-    rules: Sequence[Rule],
+def replicas_for(
+    rows_E: IntArray, topology: Topology, num_slots: int, aim: str
 ) -> list[Replica]:
+    """The replicas of one layer for traffic like `rows_E`, step 1 above, in the order made."""
     layer = _Layer(rows_E, topology, num_slots)
     made: list[Replica] = []
-    for choose in rules:
+    for choose in RULES[aim]:
         while (found := choose(layer)) is not None:
             expert, rank = found
             layer.held_ER[expert, rank] = True
@@ -154,14 +151,17 @@ def _heaviest(layer: _Layer) -> tuple[int, int] | None:
 def _best_for_ranks(layer: _Layer) -> tuple[int, int] | None:
     """The copy that leaves the least on the busiest rank, if that is less than now."""
     load_R, num_copies_E = layer.load_R(), layer.held_ER.sum(axis=1)
-    best: tuple[float, int, int] = (float(load_R.max()) * (1 - 1e-9), -1, -1)
-    for expert in np.flatnonzero(layer.rows_E > 0):
+    busiest = int(load_R.argmax())  # only its own experts can spare it rows
+    best: tuple[float, int, int] = (float(load_R[busiest]) * (1 - 1e-9), -1, -1)
+    for expert in np.flatnonzero((layer.rows_E > 0) & layer.held_ER[:, busiest]):
         part = layer.rows_E[expert] / (num_copies_E[expert] + 1)
-        for rank in layer.targets(int(expert)):
-            after_R = load_R - layer.held_ER[expert] * (part / num_copies_E[expert])
-            after_R[rank] += part
-            if after_R.max() < best[0]:
-                best = (float(after_R.max()), int(expert), int(rank))
+        targets = layer.targets(int(expert))
+        if not len(targets):
+            continue
+        after_R = load_R - layer.held_ER[expert] * (part / num_copies_E[expert])
+        left = np.maximum(after_R.max(), after_R[targets] + part)
+        if left.min() < best[0]:
+            best = (float(left.min()), int(expert), int(targets[left.argmin()]))
     return None if best[1] < 0 else (best[1], best[2])
 
 

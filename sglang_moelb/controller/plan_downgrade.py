@@ -18,6 +18,7 @@ ONE = 1_000_000  # factors and shares are integers of this unit
 def plan_downgrade(
     rows_E: Sequence[int],
     vision_rows_E: Sequence[int],
+    refused_rows_E: Sequence[int],
     *,
     num_ranks: int,
     capacity_factor: float,
@@ -30,6 +31,7 @@ def plan_downgrade(
     Args:
         rows_E: rows that all ranks send to each expert, as Python integers.
         vision_rows_E: the vision rows among them.
+        refused_rows_E: the rows among them of requests that refuse lossy levers.
         num_ranks: ranks, which hold equal runs of experts in order.
         capacity_factor, vision_share, form, low_cost: as in `kernels.plan_downgrade`.
     """
@@ -51,14 +53,15 @@ def plan_downgrade(
         vision_load = sum(vision_rows_E[e] for e in experts)
         if not (is_hot(load, num_ranks) and is_vision(load, vision_load)):
             continue
-        vision_experts = [e for e in experts if is_vision(rows_E[e], vision_rows_E[e])]
+        free = [e for e in experts if not refused_rows_E[e]]
+        choices = [e for e in free if is_vision(rows_E[e], vision_rows_E[e])]
         if form == Form.RANK:
-            lowered = list(experts)
+            lowered = free if len(free) == size else []
         elif form == Form.EXPERTS:
-            lowered = [e for e in vision_experts if is_hot(rows_E[e], num_experts)]
+            lowered = [e for e in choices if is_hot(rows_E[e], num_experts)]
         else:
             lowered, time = [], ONE * load
-            for e in sorted(vision_experts, key=lambda e: -rows_E[e]):
+            for e in sorted(choices, key=lambda e: -rows_E[e]):
                 if time * num_ranks <= ONE * total:
                     break
                 lowered.append(e)

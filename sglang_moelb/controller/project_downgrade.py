@@ -46,10 +46,11 @@ def downgraded(
     """What the lever downgrade would have left of one pass, as rows of the usual precision.
 
     The forms experts and fewest are taken as whole ranks, and ranks are left alone in a pass with
-    a protected token, whose rows may go to any of them. Runs on the host. Source: ReaLB; ours.
+    a token of a request that refuses, whose rows may go to any of them. Runs on the host. Source:
+    ReaLB; ours.
     """
     low_LR = np.zeros_like(load.rows_LR)
-    if load.num_protected_tokens == 0:
+    if load.num_refused_tokens == 0:
         vision_LE = load.record.rows_LEM[..., VISION]
         vision_LR = vision_LE.reshape(*load.rows_LR.shape, -1).sum(axis=2)
         low_LR = load.rows_LR * low_ranks(load.rows_LR, vision_LR, policy)

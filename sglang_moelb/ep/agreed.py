@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_moelb.controller.moves import Moved
 from sglang_moelb.types import Policy
 
 PHASES = ("idle", "decode", "prefill")
@@ -14,20 +15,29 @@ PHASES = ("idle", "decode", "prefill")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What one rank brings to a pass: real tokens (no padding), those of prefill, and the phase."""
+    """What one rank brings to a pass: real tokens (no padding), those of prefill, and the phase.
+
+    Of the part of a resident move that is under way: `move_us`, microseconds that it took here, 0
+    while not known, and `move_sum`, a checksum where one was taken.
+    """
 
     num_tokens: int
     num_prefill_tokens: int
-    num_protected_tokens: int
     phase: str
+    move_us: int = 0
+    move_sum: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreed:
-    """What all ranks hold after the agreement of a pass, in rank order."""
+    """What all ranks hold after the agreement of a pass, in rank order.
+
+    `moved` is None where no resident replica can move.
+    """
 
     policy: Policy
     sizes_R: tuple[Sizes, ...]
+    moved: Moved | None = None
 
     @property
     def phase(self) -> str:

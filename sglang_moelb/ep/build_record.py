@@ -17,6 +17,7 @@ from sglang_moelb.kernels.row_layout import (
     C_TEXT_ROWS,
     C_VISION_ROWS,
     H_PROTECTED_TOKENS,
+    H_REFUSED_TOKENS,
     H_TOKENS,
     H_VISION_TOKENS,
     MASS_ONE,
@@ -59,6 +60,7 @@ def build(
         num_tokens_R=header_RW[:, H_TOKENS],
         num_vision_tokens_R=header_RW[:, H_VISION_TOKENS],
         num_protected_tokens_R=header_RW[:, H_PROTECTED_TOKENS],
+        num_refused_tokens_R=header_RW[:, H_REFUSED_TOKENS],
         rows_LEM=rows_LEM,
         rows_after_LR=copied_LR2[..., 0].astype(np.int64)
         if raw.lever is Lever.REPLICATE

@@ -46,13 +46,13 @@ _spare_events: list[torch.cuda.Event] = []  # to make one costs as much as to re
 
 
 class DeviceMark:
-    """A point on the current CUDA stream; readable once the stream has passed it."""
+    """A point on a CUDA stream, the current one by default; readable once it has passed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self.event = (
             _spare_events.pop() if _spare_events else torch.cuda.Event(enable_timing=True)
         )
-        self.event.record()
+        self.event.record(stream)
 
     def ms_until(self, later: DeviceMark) -> float:
         """Milliseconds between two device marks; the host must have waited for the later one."""
@@ -67,6 +67,16 @@ class DeviceMark:
         _spare_events.append(self.event)
 
 
-def mark_on(device: torch.device) -> HostMark | DeviceMark:
-    """Mark now on the clock of `device`."""
-    return DeviceMark() if device.type == "cuda" else HostMark()
+def mark_on(
+    device: torch.device, stream: torch.cuda.Stream | None = None
+) -> HostMark | DeviceMark:
+    """Mark now on the clock of `device`, on CUDA in `stream` or else the current one.
+
+    To ask for the current stream takes as long as the mark: who makes many asks once.
+    """
+    return DeviceMark(stream) if device.type == "cuda" else HostMark()
+
+
+def stream_on(device: torch.device) -> torch.cuda.Stream | None:
+    """The current stream of `device`, None where it has none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -12,6 +12,7 @@ import msgspec
 
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
+from sglang_moelb.controller.recalibrate import Recalibration
 from sglang_moelb.controller.resident_load import EvenSplit
 from sglang_moelb.ep.build_record import build, rows_by_source
 from sglang_moelb.ep.controller_messages import (
@@ -41,7 +42,8 @@ class Worker:
         self._setup = setup
         self._shared = shared
         self._controller = Controller(setup.config, setup.topology)
-        self._said = self._controller.policy
+        self._recalibration = _recalibration(setup)
+        self._said = self._with_move(self._controller.policy)
         self._ledger = Ledger(setup.topology)
         self._trace = _trace(setup)
         self._metrics = Metrics() if setup.has_metrics else None
@@ -73,6 +75,7 @@ class Worker:
             rows_LE = record.rows_LEM.sum(axis=2)
             record = replace(record, rows_after_LR=self._split(rows_LE))
         self._learn_mass(record)
+        self._recalibrate(record, told)
         effects = self._controller.step(Observation(record=record, now_s=told.now_s))
         self._ledger.add(record, effects)
         self._verdicts.add(effects)
@@ -99,6 +102,7 @@ class Worker:
                     "expected_lost_mass_share": decision.expected_lost_mass_share,
                     "spent_mass_share": effects.estimate.spent_mass_share,
                 }
+                | ({"resident": self._recalibration.reason} if self._recalibration else {})
             ),
             verdict=self._judgement(effects),
             heat=raw(heat) if heat else UNCHANGED,
@@ -108,7 +112,9 @@ class Worker:
 
     def reconfigure(self, config: Config) -> Changed:
         """Take a new configuration."""
-        self._said = self._controller.reconfigure(config)
+        if self._recalibration:
+            self._recalibration.reconfigure(config.resident)
+        self._said = self._with_move(self._controller.reconfigure(config))
         if self._trace:
             self._trace.reconfigure(config)
         return Changed(policy=self._said)
@@ -119,11 +125,27 @@ class Worker:
             self._trace.close()
 
     def _news(self, policy: Policy) -> Policy | None:
-        """`policy` unless it was said last."""
+        """`policy` with the newest move, unless it was said last."""
+        policy = self._with_move(policy)
         if policy == self._said:
             return None
         self._said = policy
         return policy
+
+    def _with_move(self, policy: Policy) -> Policy:
+        return replace(policy, move=self._recalibration.word) if self._recalibration else policy
+
+    def _recalibrate(self, record: StepRecord, told: RawPass) -> None:
+        """Let the placement follow the load, and the split of rows the placement."""
+        follows = self._recalibration
+        if not follows:
+            return
+        before = follows.layers
+        follows.step(record.rows_LEM.sum(axis=2), told.agreed.moved)
+        if follows.layers is not before:
+            self._split = EvenSplit(follows.layers, self._setup.topology)
+        if self._metrics and told.agreed.moved:
+            self._metrics.add_moves(told.agreed.moved)
 
     def _judgement(self, effects: Effects) -> msgspec.Raw:
         """The verdict packed, unless it was said last."""
@@ -149,6 +171,13 @@ def _trace(setup: Setup) -> BackgroundWriter | None:
     return BackgroundWriter(
         TraceWriter(folder, topology=setup.topology, rank=setup.rank, config=setup.config)
     )
+
+
+def _recalibration(setup: Setup) -> Recalibration | None:
+    resident = setup.config.resident
+    if not resident.recalibrate:
+        return None
+    return Recalibration(resident, load(Path(resident.placement)).layers, setup.topology)
 
 
 def _even_split(setup: Setup) -> EvenSplit | None:

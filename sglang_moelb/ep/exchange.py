@@ -20,7 +20,7 @@ from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
 LEADER = 0
-NUM_SIZES = 4
+NUM_SIZES = 5
 
 
 class Agreement:
@@ -48,8 +48,9 @@ class Agreement:
                 *self._encoded[1],
                 sizes.num_tokens,
                 sizes.num_prefill_tokens,
-                sizes.num_protected_tokens,
                 PHASES.index(sizes.phase),
+                sizes.move_us,
+                sizes.move_sum,
             )
         )
 
@@ -63,8 +64,14 @@ class Agreement:
             self._last_policy = decode(agreed_words, reason=reason)
         self._last_words = agreed_words
         sizes_R = tuple(
-            Sizes(num_tokens=n, num_prefill_tokens=p, num_protected_tokens=q, phase=PHASES[f])
-            for n, p, q, f in (row[NUM_WORDS:] for row in rows)
+            Sizes(
+                num_tokens=n,
+                num_prefill_tokens=p,
+                phase=PHASES[f],
+                move_us=us,
+                move_sum=checksum,
+            )
+            for n, p, f, us, checksum in (row[NUM_WORDS:] for row in rows)
         )
         return Agreed(policy=self._last_policy, sizes_R=sizes_R)
 

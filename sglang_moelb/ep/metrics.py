@@ -10,6 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sglang_moelb.config import Config
+from sglang_moelb.controller.moves import Moved
 from sglang_moelb.ep.build_record import routed_rank_rows
 from sglang_moelb.ep.status import balancedness
 from sglang_moelb.metrics.labels import VALUES, decision_class, gate_class
@@ -39,6 +40,7 @@ class Metrics:
                 for chosen in product(*(VALUES[label] for label in metric.labels)):
                     self._of(metric.name, *chosen)
         self._traced: dict[str, TraceStats] = {}
+        self._moved = Moved()
         self._refreshed_s = -REFRESH_S
 
     @classmethod
@@ -78,6 +80,18 @@ class Metrics:
         self._add_costs(record, effects.estimate)
         before_LR = routed_rank_rows(record.rows_LEM, record.rows_after_LR.shape[1])
         self._add_balance(record, effects.estimate, before_LR)
+
+    def add_moves(self, moved: Moved) -> None:
+        """Count what has moved of the resident replicas since the last call."""
+        before, self._moved = self._moved, moved
+        for outcome, num in (
+            ("done", moved.num_done - before.num_done),
+            ("failed", moved.num_failed - before.num_failed),
+        ):
+            self._of("moelb_replica_moves_total", outcome).inc(num)
+        self._of("moelb_replica_moved_bytes_total").inc(moved.num_bytes - before.num_bytes)
+        stall_us = moved.stall_us - before.stall_us
+        self._of("moelb_replica_stall_seconds_total").inc(stall_us / 1e6)
 
     def _add_does(self, record: StepRecord, effects: Effects) -> None:
         lever = record.used_lever.name.lower()

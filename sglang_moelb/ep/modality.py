@@ -2,7 +2,7 @@
 
 SGLang replaces multimodal tokens by ids of 1,000,000 and more and clamps them inside the model's
 forward, so the mask is taken before. Decode rows and the rows of requests that refuse lossy levers
-are protected.
+are protected: nothing of them is cut. Only the latter keep experts at the model's own precision.
 
 Shape letters: T rows of this rank's batch (padded), t rows that a MoE layer sees on this rank.
 """
@@ -10,21 +10,24 @@ Shape letters: T rows of this rank's batch (padded), t rows that a MoE layer see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 import torch
 
 from sglang_moelb.ep.refusal import refuses
-from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_REFUSED, FLAG_VISION
 
+PLAIN, DECODES, REFUSES = 0, FLAG_PROTECTED, FLAG_PROTECTED | FLAG_REFUSED  # flags of a request
 FIRST_MULTIMODAL_ID = 1_000_000
 assert FLAG_VISION == 1, "a comparison is taken as a flag as it is"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requests:
-    """Runs of tokens in batch order: how many, and whether they are protected."""
+    """Runs of tokens in batch order: how many, and whether they are PLAIN, DECODES or REFUSES."""
 
-    runs: tuple[tuple[int, bool], ...]
+    runs: tuple[tuple[int, int], ...]
     phase: str
 
     @property
@@ -33,26 +36,27 @@ class Requests:
         return sum(n for n, _ in self.runs)
 
     @property
-    def num_protected(self) -> int:
-        """Tokens that no lossy lever may touch."""
-        return sum(n for n, protected in self.runs if protected)
+    def kinds(self) -> set[int]:
+        """What its tokens are; REFUSES where none is known."""
+        return {kind for num_tokens, kind in self.runs if num_tokens} or {REFUSES}
 
 
 def token_flags(input_ids_T: torch.Tensor, requests: Requests) -> torch.Tensor:
-    """uint8 `[T]` of FLAG_VISION and FLAG_PROTECTED; on the device of `input_ids_T`, no sync."""
+    """uint8 `[T]`, FLAG_VISION and what requests are; on the device of `input_ids_T`, no sync."""
     flags_T = (input_ids_T >= FIRST_MULTIMODAL_ID).view(torch.uint8)
-    if requests.num_protected == requests.num_tokens:
-        return flags_T | FLAG_PROTECTED
-    if requests.num_protected:
-        host_T = torch.zeros(input_ids_T.shape[0], dtype=torch.uint8)
-        start = 0
-        for num_tokens, protected in requests.runs:
-            if protected:
-                host_T[start : start + num_tokens] = FLAG_PROTECTED
-            start += num_tokens
-        if input_ids_T.is_cuda:
-            host_T = host_T.pin_memory()
-        flags_T |= host_T.to(input_ids_T.device, non_blocking=True)
+    kinds = requests.kinds
+    shared = reduce(and_, kinds)
+    if len(kinds) == 1:
+        return flags_T | shared if shared else flags_T
+    # Padding has what all tokens have, as where they are alike.
+    host_T = torch.full(input_ids_T.shape, shared, dtype=torch.uint8)
+    start = 0
+    for num_tokens, kind in requests.runs:
+        host_T[start : start + num_tokens] = kind
+        start += num_tokens
+    if input_ids_T.is_cuda:
+        host_T = host_T.pin_memory()
+    flags_T |= host_T.to(input_ids_T.device, non_blocking=True)
     return flags_T
 
 
@@ -68,7 +72,7 @@ class EvenFlags:
         held = self._held.get(flag)
         if held is None or held.shape[0] < num_rows:
             held = self._held[flag] = input_ids_T.new_full((num_rows,), flag, dtype=torch.uint8)
-        return held[:num_rows]
+        return held if held.shape[0] == num_rows else held[:num_rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +107,18 @@ class RowWindow:
 
 
 def requests_of(batch: object, num_tokens_of_request: list[int]) -> Requests:
-    """The runs of an SGLang `ScheduleBatch`; decode and idle batches are protected as a whole."""
+    """The runs of an SGLang `ScheduleBatch`."""
     mode = batch.forward_mode  # type: ignore[attr-defined]
     if mode.is_idle():
         return Requests(runs=(), phase="idle")
-    if mode.is_decode():
-        return Requests(runs=((sum(num_tokens_of_request), True),), phase="decode")
-    decoding = {id(request) for request in (batch.decoding_reqs or ())}  # type: ignore[attr-defined]
     requests = batch.reqs  # type: ignore[attr-defined]
+    refused = [refuses(request.sampling_params.custom_params) for request in requests]
+    phase = "decode" if mode.is_decode() else "prefill"
+    if phase == "decode" and not any(refused):
+        return Requests(runs=((sum(num_tokens_of_request), DECODES),), phase=phase)
+    decoding = {id(request) for request in (batch.decoding_reqs or ())}  # type: ignore[attr-defined]
     runs = tuple(
-        (num, id(request) in decoding or refuses(request.sampling_params.custom_params))
-        for request, num in zip(requests, num_tokens_of_request, strict=True)
+        (num, REFUSES if refuse else DECODES if phase == "decode" or id(one) in decoding else PLAIN)
+        for one, num, refuse in zip(requests, num_tokens_of_request, refused, strict=True)
     )
-    return Requests(runs=runs, phase="prefill")
+    return Requests(runs=runs, phase=phase)

@@ -43,10 +43,11 @@ def observe(
         num_experts=num_experts,
         out_LW=None if place_W is None else place_W.view(num_layers, width),
     )
+    row = rows_LW.view(-1) if place_W is None else place_W
     if not wanted:
-        exchange.offer(rows_LW.view(-1))
+        exchange.offer(row)
         return None
-    return exchange.gather(rows_LW.view(-1)).view(-1, num_layers, width)
+    return exchange.gather(row).view(-1, num_layers, width)
 
 
 def warm_up(topology: Topology, device: torch.device) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.agreed import Agreed, Sizes
-from sglang_moelb.ep.clock import HostMark, mark_on
+from sglang_moelb.ep.clock import HostMark, mark_on, stream_on
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
+from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.seat import Seat
-from sglang_moelb.kernels.row_layout import FLAG_PROTECTED
 from sglang_moelb.types import Lever, Policy
 
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
@@ -36,6 +36,7 @@ class Opening:
     has_images: bool
     flags_T: torch.Tensor | None
     begun: AnyMark
+    stream: torch.cuda.Stream | None
 
 
 class PassOpener:
@@ -44,7 +45,7 @@ class PassOpener:
     def __init__(
         self,
         seat: Seat,
-        agreement: Agreement,
+        agreement: Agreement | MovingAgreement,
         controller: ControllerLink | None,
         sample_every: int = 0,
     ) -> None:
@@ -72,11 +73,13 @@ class PassOpener:
         mine = Sizes(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens if prefills else 0,
-            num_protected_tokens=requests.num_protected or int(requests is UNKNOWN_REQUESTS),
             phase=requests.phase,
         )
-        # Only the leader's times are read.
-        begun = mark_on(self._seat.device) if self._controller else HostMark()
+        device, stream = self._seat.device, None
+        begun: AnyMark = HostMark()
+        if self._controller:  # only the leader's times are read
+            stream = stream_on(device)
+            begun = mark_on(device, stream)
         wanted = self._controller.policy() if self._controller else self.policy
         self._agreement.start(wanted, mine)
         self._opening = Opening(
@@ -86,6 +89,7 @@ class PassOpener:
             # SGLang clamps the ids of images inside the forward; other batches have none.
             flags_T=self._flags(input_ids_T, requests, has_images) if prefills else None,
             begun=begun,
+            stream=stream,
         )
 
     def opened(self) -> PassLog | None:
@@ -119,6 +123,7 @@ class PassOpener:
             lever=lever,
             gate_reason=reason,
             begun=opening.begun,
+            stream=opening.stream,
             timed=self._is_timed(lever),
             flags_T=flags_T,
             tokens_L=[] if self._is_sampled() else None,
@@ -134,10 +139,10 @@ class PassOpener:
     def _flags(
         self, input_ids_T: torch.Tensor, requests: Requests, has_images: bool
     ) -> torch.Tensor:
-        if has_images or 0 < requests.num_protected < requests.num_tokens:
+        kinds = requests.kinds
+        if has_images or len(kinds) > 1:
             return token_flags(input_ids_T, requests)
-        is_protected = requests.num_protected == requests.num_tokens
-        return self._even_flags.of(input_ids_T, FLAG_PROTECTED if is_protected else 0)
+        return self._even_flags.of(input_ids_T, kinds.pop())
 
     def _is_sampled(self) -> bool:
         """Whether `ep.token_trace` takes this prefill pass; alike on all ranks."""

@@ -53,6 +53,7 @@ class PassLog:
     marks_L: list[Marks] = field(default_factory=list)
     observing: AnyMark | None = None  # when all layers' counting began, without a lever
     tokens_L: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # of a sampled pass
+    stream: torch.cuda.Stream | None = None  # of the pass, where on CUDA; for its times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

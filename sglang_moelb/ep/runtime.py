@@ -32,6 +32,7 @@ from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.plan import plan_copies
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace
 from sglang_moelb.hot_config import KNOB_PREFIX
@@ -47,7 +48,7 @@ class Runtime:
         self,
         seat: Seat,
         config: Config,
-        agreement: Agreement,
+        agreement: Agreement | MovingAgreement,
         exchange: Exchange | SymmetricExchange,
         controller: ControllerLink | None,
         token_trace: TokenTrace | None = None,
@@ -71,6 +72,7 @@ class Runtime:
         self._exchange = exchange
         self._normal_log: PassLog | None = None  # if its layers are in DeepEP's normal mode
         self._marks: dict[str, AnyMark] | None = None  # of the layer that is under way
+        self._stream: torch.cuda.Stream | None = None  # of the marks
         self._seams_verified = False
 
     def note_requests(self, forward_batch: Any, batch: Any) -> None:
@@ -102,7 +104,7 @@ class Runtime:
                 return topk_output
             self._normal_log = log
         if log.timed:
-            self._marks = {}
+            self._marks, self._stream = {}, log.stream
             log.marks_L.append(self._marks)
             self._mark("dispatch")
         if log.tokens_L is not None:
@@ -121,7 +123,7 @@ class Runtime:
         )
         if log.lever is Lever.DOWNGRADE:
             assert self._downgrade is not None, "the leader's policy needs slots on every rank"
-            plan = plan_low(routed, log.agreed, self._seat.topology, self._exchange)
+            plan = plan_low(routed, log.agreed.policy, self._seat.topology, self._exchange)
             self._downgrade.prepare(layer, plan.low_E)
             log.plans_L.append(plan)
             self._mark("balanced")
@@ -187,7 +189,7 @@ class Runtime:
         """
         wanted = self._controller is not None
         if log.lever is Lever.NONE:
-            log.observing = mark_on(self._seat.device) if wanted else None
+            log.observing = mark_on(self._seat.device, log.stream) if wanted else None
             counts_RLW = observe(
                 log.ids_L,
                 self._flags_of(log, log.ids_L[0].shape[0]),
@@ -244,6 +246,8 @@ class Runtime:
             answer["downgrade"] = self._downgrade.told()
         if self._replicate:
             answer["replicate"] = self._replicate.told()
+        if self._resident and self._resident.mover:
+            answer["resident"] = self._resident.mover.told()
         if self._controller:
             answer |= self._controller.status()
         return answer
@@ -271,7 +275,7 @@ class Runtime:
 
     def _mark(self, part: str) -> None:
         if self._marks is not None:
-            self._marks[part] = mark_on(self._seat.device)
+            self._marks[part] = mark_on(self._seat.device, self._stream)
 
 
 def _is_normal(dispatcher: Any) -> bool:

@@ -21,6 +21,7 @@ from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.observe import warm_up
 from sglang_moelb.ep.replicas.attach import attach_replicas
 from sglang_moelb.ep.resident.attach import attach_resident
+from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seat import Seat
 from sglang_moelb.ep.token_trace import TokenTrace, token_trace_of
@@ -64,10 +65,12 @@ def attach_to(model_runner: Any, config: Config) -> None:
     tokens = token_trace_of(seat, config)
     warm_up(seat.topology, seat.device)
     controller = _controller(seat, config, tokens) if seat.rank == LEADER else None
+    agreement = Agreement(group.cpu_group, one_host=one_host)
+    mover = resident.mover if resident else None
     runtime = Runtime(
         seat,
         config,
-        Agreement(group.cpu_group, one_host=one_host),
+        MovingAgreement(agreement, mover) if mover else agreement,
         exchange_for(
             group.device_group,
             num_layers=seat.topology.num_layers,

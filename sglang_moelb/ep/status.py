@@ -85,6 +85,7 @@ class Ledger:
             "num_tokens_R": record.num_tokens_R.tolist(),
             "num_vision_tokens_R": record.num_vision_tokens_R.tolist(),
             "num_protected_tokens_R": record.num_protected_tokens_R.tolist(),
+            "num_refused_tokens_R": record.num_refused_tokens_R.tolist(),
             "balance_before_L": balancedness(before_LR),
             "balance_after_L": balancedness(after_LR),
             "rows_before_R": before_LR.sum(axis=0).tolist(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +22,16 @@ END_OF_INT32 = 2**31  # Triton passes integers from here on as 64 bits
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Variant:
-    """Compile-time arguments of a kernel by name, and its warps; told apart by identity.
-
-    So whoever makes one keeps it, and gives the same one for the same sizes.
-    """
+    """Compile-time arguments of a kernel by name, and its warps; see `variant_of`."""
 
     constants: Mapping[str, Any]
     num_warps: int = 4
+
+
+@cache
+def variant_of(num_warps: int, **constants: int) -> Variant:
+    """The one variant of these: variants are told apart by identity. Host only."""
+    return Variant(constants, num_warps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +60,16 @@ class Launcher:
         The first launch of a variant with tensors of these dtypes and alignments is Triton's own,
         which compiles. The kernel's globals are taken to stay as they are.
         """
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        key = (
-            variant,
-            tensors[0].device,
-            *[tensor.dtype for tensor in tensors],
-            *[address % ALIGNED_BYTES == 0 for address in addresses],
-        )
+        dtypes, places = [], 0
+        for tensor in tensors:
+            dtypes.append(tensor.dtype)
+            places |= tensor.data_ptr()
+        key = (variant, tensors[0].device, *dtypes)
+        if places % ALIGNED_BYTES:
+            key += tuple([tensor.data_ptr() % ALIGNED_BYTES == 0 for tensor in tensors])
         held = self._held.get(key)
-        if held is not None and all(-END_OF_INT32 <= number < END_OF_INT32 for number in integers):
+        fit = not integers or (min(integers) >= -END_OF_INT32 and max(integers) < END_OF_INT32)
+        if held is not None and fit:
             held.compiled[grid](*tensors, *integers, *held.constants)
             return
         compiled = self._kernel[grid](
@@ -72,6 +77,14 @@ class Launcher:
         )
         # Triton's interpreter compiles nothing.
         if compiled is not None and held is None:
-            names = [parameter.name for parameter in self._kernel.params if parameter.is_constexpr]
-            constants = tuple(variant.constants[name] for name in names)
+            names = _constants_of(self._kernel.params, len(tensors), len(integers))
+            constants = tuple([variant.constants[name] for name in names])
             self._held[key] = _Held(compiled, constants)
+
+
+def _constants_of(parameters: Sequence[Any], num_tensors: int, num_integers: int) -> list[str]:
+    """The names behind tensors and integers, none of which Triton may have specialised on."""
+    first = num_tensors + num_integers
+    assert all(p.do_not_specialize for p in parameters[num_tensors:first]), parameters
+    assert all(p.is_constexpr == (at >= first) for at, p in enumerate(parameters)), parameters
+    return [p.name for p in parameters[first:]]

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 NUM_HEADER = 8
 H_TOKENS, H_VISION_TOKENS, H_PROTECTED_TOKENS, H_VISION_AMOUNT, H_AMOUNT = range(5)
+H_REFUSED_TOKENS = 5
 
 NUM_COUNTS = 5
-C_TEXT_ROWS, C_VISION_ROWS, C_PROTECTED_ROWS, C_PROTECTED_AMOUNT, C_CUTTABLE_AMOUNT = range(5)
+C_TEXT_ROWS, C_VISION_ROWS, C_REFUSED_ROWS, C_PROTECTED_AMOUNT, C_CUTTABLE_AMOUNT = range(5)
 
 KEY_BITS = 16  # 1 bit of modality preference above 15 bits of metric; larger keys are kept first
 NUM_BINS = 64
@@ -26,7 +27,8 @@ BIN_SHIFT = KEY_BITS - 6
 MAX_KEY = (1 << KEY_BITS) - 1
 
 FLAG_VISION = 1
-FLAG_PROTECTED = 2
+FLAG_PROTECTED = 2  # not to be cut: of decode, or refused
+FLAG_REFUSED = 4  # of a request that refuses lossy levers; comes with FLAG_PROTECTED
 
 AMOUNT_ONE = 256  # the amount of a text token under MACS; plain rows weigh 1
 MASS_ONE = 1 << 16  # gate mass is summed as integers of this unit

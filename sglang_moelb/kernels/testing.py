@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sglang_moelb.kernels.row_layout import AMOUNT_ONE, FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.kernels.row_layout import AMOUNT_ONE, FLAG_PROTECTED, FLAG_REFUSED, FLAG_VISION
 
 # Largest |out - ref| / max(1, |ref|) by format: integers are exact, floats get some ulps of sums.
 TOLERANCES: dict[torch.dtype, float] = {
@@ -153,7 +153,8 @@ def random_routing(
     """A routing whose expert popularity falls as exp(-skew * rank of popularity / 8).
 
     Distinct experts a token, best weight first, weights of a token sum to 1; whole rows of padding
-    and single missing entries are -1 with weight 0. Equal for equal arguments.
+    and single missing entries are -1 with weight 0. Of the protected tokens about half are refused.
+    Equal for equal arguments.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,7 +168,9 @@ def random_routing(
     missing_TC = uniform(num_tokens, num_columns) < missing_share
     missing_TC |= (uniform(num_tokens) < padding_share)[:, None]
     flags_T = (uniform(num_tokens) < vision_share).int() * FLAG_VISION
-    flags_T += (uniform(num_tokens) < protected_share).int() * FLAG_PROTECTED
+    drawn_T = uniform(num_tokens)
+    flags_T += (drawn_T < protected_share).int() * FLAG_PROTECTED
+    flags_T += (drawn_T < protected_share / 2).int() * FLAG_REFUSED
     amounts_T = None
     if weighted:
         amounts_T = torch.randint(1, AMOUNT_ONE + 1, (num_tokens,), generator=generator)

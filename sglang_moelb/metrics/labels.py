@@ -40,6 +40,7 @@ TRACE_STATES = ("off", "running", "stopped")
 TRACES = ("passes", "tokens")
 STALLS = ("controller", "pass", "trace")
 WHEN = ("before", "after")
+OUTCOMES = ("done", "failed")
 
 # Labels whose values are fixed; those of `layer` and `rank` come from the server's sizes.
 VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -51,6 +52,7 @@ VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "trace": TRACES,
         "kind": STALLS,
         "when": WHEN,
+        "outcome": OUTCOMES,
         "gate": (*GATES, OTHER),
         "reason": (*DECISIONS, OTHER),
     }

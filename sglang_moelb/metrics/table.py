@@ -126,6 +126,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(name="moelb_copied_experts_total", kind="counter", answers="costs", unit="experts",
            meaning="copies of experts that replicate made, over all ranks and layers",
            off_board="balance and rows show what the copies brought"),
+    Metric(name="moelb_replica_moves_total", kind="counter", answers="costs", unit="moves",
+           labels=("outcome",), meaning="moves of resident replicas while serving, and those that "
+           "failed the check of the moved bytes",
+           off_board="the status shows which replicas there are and what moves"),
+    Metric(name="moelb_replica_moved_bytes_total", kind="counter", answers="costs", unit="bytes",
+           meaning="bytes of experts that moves sent to every rank",
+           off_board="the stalls show what they cost"),
+    Metric(name="moelb_replica_stall_seconds_total", kind="counter", answers="costs",
+           unit="seconds", meaning="time of passes that parts of moves took; resident.move_ms "
+           "limits that of a pass", off_board="0 but with resident.recalibrate"),
     Metric(name="moelb_quality_spent_ratio", kind="gauge", answers="costs", unit="ratio",
            meaning="share of gate mass lost over the quality window"),
     Metric(name="moelb_quality_budget_ratio", kind="gauge", answers="costs", unit="ratio",

@@ -106,7 +106,9 @@ def synthesise(
         float, typer.Option(help="How fast hot spots move: 0 never, 1 every pass.")
     ] = 0.1,
     vision_share: Annotated[float, typer.Option(help="Vision tokens, of all.")] = 0.5,
-    protected_share: Annotated[float, typer.Option(help="Protected tokens, of all.")] = 0.0,
+    protected_share: Annotated[
+        float, typer.Option(help="Tokens of requests that refuse lossy levers, of all.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")] = 0,
 ) -> None:
     """Write a synthetic trace: a load of any size with the skew, mix and drift asked for."""

@@ -48,6 +48,7 @@ class _PassPayload(msgspec.Struct, frozen=True, kw_only=True):
     num_missed: int = 0
     low_rows: bytes = b""  # [L, R] as planes; nothing where the lever downgrade did not act
     num_copies: bytes = b""  # the same under the lever replicate
+    num_refused_tokens: list[int] | None = None  # None: not told apart from the other protected
 
 
 def encode_header(header: Header) -> bytes:
@@ -85,6 +86,7 @@ def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
         num_tokens=record.num_tokens_R.tolist(),
         num_vision_tokens=record.num_vision_tokens_R.tolist(),
         num_protected_tokens=record.num_protected_tokens_R.tolist(),
+        num_refused_tokens=record.num_refused_tokens_R.tolist(),
         rows=to_planes(traced.rows_LREM),
         rows_after=to_planes(record.rows_after_LR),
         experts_ms=record.experts_ms_L.astype("<f8").tobytes(),
@@ -119,6 +121,12 @@ def decode_pass(payload: bytes, topology: Topology) -> TracedPass:
         num_tokens_R=_per_rank(found.num_tokens, num_ranks),
         num_vision_tokens_R=_per_rank(found.num_vision_tokens, num_ranks),
         num_protected_tokens_R=_per_rank(found.num_protected_tokens, num_ranks),
+        num_refused_tokens_R=_per_rank(
+            found.num_protected_tokens
+            if found.num_refused_tokens is None
+            else found.num_refused_tokens,
+            num_ranks,
+        ),
         rows_LEM=rows_LREM.sum(axis=1),
         rows_after_LR=from_planes(found.rows_after, (num_layers, num_ranks)),
         routed_mass=found.routed_mass,
@@ -187,6 +195,7 @@ def _check_shapes(traced: TracedPass, topology: Topology) -> None:
         "num_tokens_R": (record.num_tokens_R, (num_ranks,)),
         "num_vision_tokens_R": (record.num_vision_tokens_R, (num_ranks,)),
         "num_protected_tokens_R": (record.num_protected_tokens_R, (num_ranks,)),
+        "num_refused_tokens_R": (record.num_refused_tokens_R, (num_ranks,)),
         "experts_ms_L": (record.experts_ms_L, (num_layers,)),
         "layer_ms_L": (record.layer_ms_L, (num_layers,)),
     }

@@ -33,7 +33,8 @@ class SyntheticLoad:
 
     `tokens_per_rank` is the mean of a rank's tokens, which vary by up to half of it; `alpha` the
     exponent of the skew (0: none); `drift` in [0, 1] how fast hot spots move (0: never, 1: new ones
-    every pass); `vision_share` and `protected_share` are means over ranks.
+    every pass); `vision_share` and `protected_share` are means over ranks, the latter of text of
+    requests that refuse lossy levers.
     """
 
     topology: Topology
@@ -161,6 +162,7 @@ def _pass(
         num_tokens_R=tokens_R,
         num_vision_tokens_R=vision_R,
         num_protected_tokens_R=protected_R,
+        num_refused_tokens_R=protected_R,
         rows_LEM=rows_LEM,
         rows_after_LR=rows_LEM.reshape(num_layers, num_ranks, -1).sum(axis=2),
         routed_mass=float(tokens_R.sum() * num_layers),

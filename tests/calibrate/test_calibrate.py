@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,32 @@ def test_layers_of_multi_token_prediction_are_left_out(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.num_layers, checkpoint.num_experts) == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.", "model.mtp.layers."])
+@pytest.mark.parametrize("stored", [fused_tensors, lambda: single_tensors(fused_tensors())])
+def test_layers_named_mtp_are_none_of_the_models(
+    name: str, stored: Callable[[], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """An index as of checkpoints that count layers of multi-token prediction from 0 again."""
+    tensors = stored()
+    plain = open_checkpoint(write_checkpoint(tmp_path / "plain", tensors))
+    folder = write_checkpoint(tmp_path / "mtp", tensors)
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2}), encoding="utf-8")
+    theirs = {
+        re.sub(r".*\blayers\.", name, key): "missing.safetensors"
+        for key in tensors
+        if ".layers.0." in key
+    }
+    index = {"weight_map": {**dict.fromkeys(tensors, "model.safetensors"), **theirs}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = open_checkpoint(folder)
+    assert (found.num_layers, found.num_experts) == (2, 8)
+    for layer, expert in ((0, 0), (1, 7)):
+        for one, other in zip(
+            found.weights(layer, expert), plain.weights(layer, expert), strict=True
+        ):
+            assert (one == other).all()
 
 
 def test_a_broken_config_of_a_checkpoint_is_named(tmp_path: Path) -> None:

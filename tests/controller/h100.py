@@ -134,6 +134,7 @@ def _record(tokens_per_rank: int, skew: float, step: int, rng: np.random.Generat
         num_tokens_R=tokens_R,
         num_vision_tokens_R=np.zeros_like(tokens_R),
         num_protected_tokens_R=np.zeros_like(tokens_R),
+        num_refused_tokens_R=np.zeros_like(tokens_R),
         rows_LEM=np.stack([rows_LE, np.zeros_like(rows_LE)], axis=-1),
         rows_after_LR=rows_LE.reshape(num_layers, num_ranks, -1).sum(axis=2),
         routed_mass=float(tokens_R.sum() * num_layers),

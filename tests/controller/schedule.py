@@ -157,6 +157,7 @@ class Server:
             num_tokens_R=tokens_R,
             num_vision_tokens_R=(tokens_R * phase.vision).astype(np.int64),
             num_protected_tokens_R=np.zeros_like(tokens_R),
+            num_refused_tokens_R=np.zeros_like(tokens_R),
             rows_LEM=np.stack([rows_LE - vision_LE, vision_LE], axis=2),
             rows_after_LR=after_LR,
             routed_mass=routed_mass,

@@ -90,22 +90,26 @@ def test_the_projection_lowers_the_ranks_that_the_plan_lowers(factor: float, vis
     assert projection.lever is Lever.DOWNGRADE
     vision_E = [int(n * vision) for n in SKEWED]
     low_E = plan_downgrade(
-        SKEWED, vision_E, num_ranks=4, capacity_factor=factor, vision_share=0.7, form=Form.RANK
-    )
+        SKEWED, vision_E, [0] * len(SKEWED),
+        num_ranks=4, capacity_factor=factor, vision_share=0.7, form=Form.RANK,
+    )  # fmt: skip
     rows = sum(n for n, low in zip(SKEWED, low_E, strict=True) if low)
     assert projection.low_share == pytest.approx(rows / sum(SKEWED))
     assert projection.dropped_share == 0
 
 
-def test_a_pass_with_protected_tokens_is_projected_to_stay_as_it_is() -> None:
-    plain = record(SKEWED, vision=1.0)
-    guarded = replace(plain, num_protected_tokens_R=np.array([1, 0, 0, 0]))
+def test_a_pass_with_refused_tokens_is_projected_to_stay_as_it_is_and_one_with_decode_is_not() -> (
+    None
+):
+    plain, one_R = record(SKEWED, vision=1.0), np.array([1, 0, 0, 0])
+    decoding = replace(plain, num_protected_tokens_R=one_R)
+    refused = replace(decoding, num_refused_tokens_R=one_R)
     shares = [
         project(load.load_of(one, TOPOLOGY), TOPOLOGY, DOWNGRADE, DOWNGRADE)[-1].low_share
-        for one in (plain, guarded)
+        for one in (plain, decoding, refused)
     ]
-    assert shares[0] > 0
-    assert shares[1] == 0
+    assert shares[0] == shares[1] > 0
+    assert shares[2] == 0
 
 
 def test_small_groups_are_believed_to_gain_nothing_and_large_ones_a_third() -> None:

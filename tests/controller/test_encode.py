@@ -31,6 +31,8 @@ policies = st.builds(
     min_copy_rows=st.integers(1, 2**20),
     send_rows=st.integers(0, 2**20),
     receive_rows=st.integers(0, 2**20),
+    move=st.integers(0, 2**63 - 1),
+    move_ms=micros,
     reason=st.text(),
 )
 
@@ -56,8 +58,10 @@ def test_the_fields_that_travel_are_these() -> None:
         "min_copy_rows",
         "send_rows",
         "receive_rows",
+        "move",
+        "move_ms",
     )
-    assert NUM_WORDS == 19
+    assert NUM_WORDS == 21
 
 
 def test_every_field_of_a_policy_but_the_reason_travels() -> None:
@@ -85,7 +89,7 @@ def test_the_reason_does_not_travel() -> None:
 
 
 def test_words_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 19 words, found 18"):
+    with pytest.raises(ValueError, match="expected 21 words, found 20"):
         decode(encode(Policy(epoch=0))[:-1], "")
     with pytest.raises(ValueError, match="9 is not a valid Lever"):
         decode((0, 9, *encode(Policy(epoch=0))[2:]), "")

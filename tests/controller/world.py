@@ -20,13 +20,16 @@ from sglang_moelb.types import (
     Effects,
     IntArray,
     Lever,
+    LeverScore,
     Observation,
     Phase,
     Policy,
     StepRecord,
     Topology,
+    Verdict,
 )
 
+JUDGING = {"enabled": True}  # of a configuration with the verdict
 TOPOLOGY = Topology(num_layers=2, num_experts=8, num_ranks=4, topk=2)
 FIXED_MS, MS_PER_ROW, REST_MS, OWN_MS = 0.5, 0.001, 10.0, 0.01
 DROPPED_MASS = 0.2
@@ -50,6 +53,16 @@ def config(**controller: float) -> Config:
 def in_mode(mode: str, **controller: float) -> Config:
     """`config` in another mode."""
     return merge(config(**controller), {"mode": mode})
+
+
+def judged(mode: str = "observe", **controller: float) -> Config:
+    """The world's configuration, with the verdict."""
+    return merge(in_mode(mode, **controller), {"verdict": JUDGING})
+
+
+def score(verdict: Verdict, lever: Lever) -> LeverScore:
+    """What the verdict says of a lever."""
+    return next(one for one in verdict.scores if one.lever is lever)
 
 
 def record(
@@ -84,6 +97,7 @@ def record(
         num_tokens_R=num_tokens_R,
         num_vision_tokens_R=(num_tokens_R * vision).astype(np.int64),
         num_protected_tokens_R=np.zeros(topology.num_ranks, dtype=np.int64),
+        num_refused_tokens_R=np.zeros(topology.num_ranks, dtype=np.int64),
         rows_LEM=rows_LEM,
         rows_after_LR=np.tile(after_R, (topology.num_layers, 1)),
         routed_mass=routed_mass,

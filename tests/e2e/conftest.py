@@ -71,6 +71,7 @@ ORDER = (
     "test_levers.py",
     "test_controller_faults.py",
     "test_resident.py",
+    "test_resident_moves.py",
     "test_downgrade.py",
     "test_replicate.py",
     "test_bit_identity.py::test_room",

@@ -154,3 +154,13 @@ def passes_of(server: Server, act: Callable[[], object]) -> list[dict[str, Any]]
 
     until(all_recorded)
     return [one for one in status(server)["recent"] if one["step"] >= first]
+
+
+def said_under(
+    server: Server, changes: dict[str, Any], prompt: Prompt, **asked: Any
+) -> tuple[Said, list[dict[str, Any]]]:
+    """What the server says after `changes`, and the passes that took."""
+    change(server, changes)
+    said: list[Said] = []
+    passes = passes_of(server, lambda: said.append(say(server, prompt, **asked)))
+    return said[0], passes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any
 
 import pytest
 
@@ -17,12 +16,14 @@ from .talk import (
     NUM_LAYERS,
     NUM_RANKS,
     SETTINGS,
+    SHORT,
     TEXT,
     TWO_IMAGES,
     Said,
     call,
     change,
     passes_of,
+    said_under,
     say,
     say_together,
     status,
@@ -45,16 +46,6 @@ def server(serve: Serve) -> Server:
     server = serve("vl", *FLAGS)
     change(server, {"mode": "none", **SETTINGS})
     return server
-
-
-def said_under(
-    server: Server, changes: dict[str, Any], prompt: Any, **asked: Any
-) -> tuple[Said, list[dict[str, Any]]]:
-    """What the server says after `changes`, and the passes that took."""
-    change(server, changes)
-    said: list[Said] = []
-    passes = passes_of(server, lambda: said.append(say(server, prompt, **asked)))
-    return said[0], passes
 
 
 def apart(one: Said, other: Said) -> float:
@@ -130,6 +121,35 @@ def test_decode_is_never_lowered(server: Server) -> None:
     assert passes[0]["low_rows_R"] == passes[0]["rows_before_R"]
     lowered = status(server)["downgrade"]["num_low_layers"] - before
     assert lowered == NUM_LAYERS, "the one prefill, and none of seven decode passes"
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_decode_beside_a_prefill_keeps_its_ranks_high_only_if_it_refuses(
+    server: Server, refuses: bool
+) -> None:
+    """Requests go to the ranks in turn, so one rank decodes while the other prefills."""
+    everyone = {"mode": "downgrade", "downgrade": {**RULE, "factor": 1e-6, "vision_share": 0.0}}
+    change(server, everyone)
+    asked = {"num_tokens": 40, "custom_params": {"moelb_lossy": not refuses}}
+
+    def meet() -> None:
+        decoding = threading.Thread(target=say, args=(server, SHORT), kwargs=asked)
+        decoding.start()
+        for _ in range(3):
+            say(server, CROWD_IMAGE, num_tokens=1)
+        decoding.join()
+
+    met = [
+        one
+        for one in passes_of(server, meet)
+        if one["lever"] == "downgrade"
+        and 0 < sum(one["num_protected_tokens_R"]) < sum(one["num_tokens_R"])
+    ]
+    assert met
+    for one in met:
+        assert one["phase"] == "prefill"
+        assert (sum(one["num_refused_tokens_R"]) > 0) == refuses
+        assert (one["low_rows_R"] == one["rows_before_R"]) == (not refuses)
 
 
 def test_the_memory_that_is_held_is_told_with_what_it_costs(server: Server) -> None:

@@ -26,6 +26,7 @@ from .talk import (
     call,
     change,
     passes_of,
+    said_under,
     say,
     say_together,
     status,
@@ -50,16 +51,6 @@ def server(serve: Serve) -> Server:
     server = serve("vl", *FLAGS)
     change(server, {"mode": "none", **SETTINGS, "replicate": KNOBS})
     return server
-
-
-def said_under(
-    server: Server, changes: dict[str, Any], prompt: Any, **asked: Any
-) -> tuple[Said, list[dict[str, Any]]]:
-    """What the server says after `changes`, and the passes that took."""
-    change(server, changes)
-    said: list[Said] = []
-    passes = passes_of(server, lambda: said.append(say(server, prompt, **asked)))
-    return said[0], passes
 
 
 def apart(one: Said, other: Said) -> float:

@@ -131,3 +131,29 @@ def test_levers_cannot_be_turned_on_beside_it(server: Server, changes: dict[str,
     code, answer = call(server, "/moelb/config", changes)
     assert code == 400
     assert "resident.placement" in answer["error"]
+
+
+def generated(server: Server, num_tokens: int, **prompt: Any) -> tuple[list[Any], list[Any]]:
+    """Log-probabilities and ids of a prompt's tokens, and of the greedy ones after it."""
+    sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0, **prompt}
+    code, answer = call(server, "/generate", body)
+    assert code == 200, answer
+    meta = answer["meta_info"]
+    return meta["input_token_logprobs"], meta["output_token_logprobs"]
+
+
+def test_decode_in_low_latency_agrees_with_prefill_of_the_same_tokens(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(make_placement().to_json())
+    config = {**SETTINGS, "resident": {"placement": str(path)}}
+    flags = ["--deepep-mode", "auto", "--moelb-mode", "none", "--moelb-config", json.dumps(config)]
+    server = serve("vl", *NO_CACHE, *flags)
+    asked, decoded = generated(server, 8, text=TEXT.text)
+    ids = [entry[1] for entry in (*asked, *decoded)]
+    prefilled, _ = generated(server, 1, input_ids=ids)
+    apart = [abs(a[0] - b[0]) for a, b in zip(decoded, prefilled[-8:], strict=True)]
+    # A token stands elsewhere in its batch, so some of its copies are others.
+    assert 0 < sum(apart) / len(apart) < 0.25

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.exchange import Exchange
-from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_REFUSED, FLAG_VISION
 from sglang_moelb.types import Level, Lever, Policy, Topology
 
 NUM_EXPERTS, TOPK, HIDDEN_SIZE = 8, 3, 16
@@ -51,15 +51,17 @@ def topology(num_ranks: int) -> Topology:
 def layer_input(
     num_tokens: int, seed: int, *, popularity_E: torch.Tensor | None = None, layer: int = 0
 ) -> LayerInput:
-    """Top-k of a softmax over random logits; half of the tokens vision, a sixth protected."""
+    """Top-k of a softmax over random logits; half of the tokens vision, a sixth protected, of
+    which half are refused."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(num_tokens, NUM_EXPERTS, generator=generator)
     if popularity_E is not None:
         logits_TE += popularity_E
     weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(TOPK, dim=-1)
     flags_T = (torch.rand(num_tokens, generator=generator) < 0.5).to(torch.uint8) * FLAG_VISION
-    protected_T = torch.rand(num_tokens, generator=generator) < 1 / 6
-    flags_T |= protected_T.to(torch.uint8) * FLAG_PROTECTED
+    drawn_T = torch.rand(num_tokens, generator=generator)
+    flags_T |= (drawn_T < 1 / 6).to(torch.uint8) * FLAG_PROTECTED
+    flags_T |= (drawn_T < 1 / 12).to(torch.uint8) * FLAG_REFUSED
     hidden_TD = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator)
     hidden_TD *= 1 + 4 * torch.rand(num_tokens, 1, generator=generator)
     return LayerInput(
@@ -106,7 +108,7 @@ def _shaped(name: str, one: LayerInput) -> LayerInput:
     elif name == "all-protected":
         flags_T |= FLAG_PROTECTED
     if name in ("no-protected", "one-token", "one-expert"):
-        flags_T &= ~FLAG_PROTECTED & 0xFF
+        flags_T &= FLAG_VISION
     return _with(one, ids_TK=ids_TK, weights_TK=weights_TK, flags_T=flags_T)
 
 
@@ -127,12 +129,7 @@ def agreed_on(policy: Policy, inputs: Sequence[LayerInput]) -> Agreed:
 
 def _sizes(one: LayerInput) -> Sizes:
     num_tokens = num_tokens_of(one)
-    return Sizes(
-        num_tokens=num_tokens,
-        num_prefill_tokens=num_tokens,
-        num_protected_tokens=int(((one.flags_T & FLAG_PROTECTED) != 0).sum()),
-        phase="prefill",
-    )
+    return Sizes(num_tokens=num_tokens, num_prefill_tokens=num_tokens, phase="prefill")
 
 
 def num_tokens_of(one: LayerInput) -> int:

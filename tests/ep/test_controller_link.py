@@ -64,10 +64,7 @@ class World:
 
     def submit(self, policy: Policy | None = None, *, num_ranks: int = 2, first: int = 30) -> None:
         """A pass in which expert 0 has `first` of rank 0's rows, the others 10 each."""
-        sizes = Sizes(
-            num_tokens=NUM_TOKENS, num_prefill_tokens=NUM_TOKENS, num_protected_tokens=0,
-            phase="prefill",
-        )  # fmt: skip
+        sizes = Sizes(num_tokens=NUM_TOKENS, num_prefill_tokens=NUM_TOKENS, phase="prefill")
         policy = policy or Policy(epoch=0)
         log = PassLog(
             step=self.num_passes,

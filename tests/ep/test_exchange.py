@@ -49,7 +49,6 @@ def sizes(num_tokens: int, phase: str = "prefill") -> Sizes:
     return Sizes(
         num_tokens=num_tokens,
         num_prefill_tokens=num_tokens if phase == "prefill" else 0,
-        num_protected_tokens=num_tokens // 3,
         phase=phase,
     )
 

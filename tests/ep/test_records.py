@@ -21,7 +21,7 @@ from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
 from sglang_moelb.ep.shared_counts import SharedCounts
 from sglang_moelb.ep.status import Ledger, balancedness
 from sglang_moelb.kernels.reroute import reroute
-from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.kernels.row_layout import FLAG_PROTECTED, FLAG_REFUSED, FLAG_VISION
 from sglang_moelb.types import (
     Level,
     Lever,
@@ -66,7 +66,7 @@ def one_pass(
             ids_L.append(routed.ids_TK)
             continue
         if lever is Lever.DOWNGRADE:
-            log.plans_L.append(plan_low(routed, agreed, sizes, exchange))
+            log.plans_L.append(plan_low(routed, agreed.policy, sizes, exchange))
             ids_L.append(routed.ids_TK)
             continue
         if lever is Lever.REPLICATE:
@@ -152,6 +152,7 @@ def test_rows_before_and_tokens_equal_a_plain_count(ranks: Ranks, name: str, lev
         for counted_R, flag in (
             (record.num_vision_tokens_R, FLAG_VISION),
             (record.num_protected_tokens_R, FLAG_PROTECTED),
+            (record.num_refused_tokens_R, FLAG_REFUSED),
         ):
             there = [(m[0].ids_TK >= 0).any(dim=1) & ((m[0].flags_T & flag) != 0) for m in inputs]
             assert counted_R.tolist() == [int(t.sum()) for t in there]

@@ -120,6 +120,11 @@ def test_the_dispatcher_sends_to_slots_only_between_plan_and_run(
     assert lever.run(layers[0], None) is None, "nothing was asked for"
 
 
+def test_ids_come_in_the_type_that_deepep_takes(lever: ReplicateLever) -> None:
+    """SGLang would else make it of them, in a launch of its own before the dispatch."""
+    assert lever.prepare(0, Normal(), PLAN, ROWS.int()).dtype == torch.int64
+
+
 def test_a_pass_that_ends_in_between_leaves_nothing_behind(
     lever: ReplicateLever, layers: list[Any]
 ) -> None:

@@ -62,13 +62,16 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
     monkeypatch.setattr(attach, "_same_placement", lambda path, group: load(Path(path)))
 
     def begin(
-        made: Placement, topology: Topology = TOPOLOGY, spoil: Callable[..., None] | None = None
+        made: Placement,
+        topology: Topology = TOPOLOGY,
+        spoil: Callable[..., None] | None = None,
+        **knobs: Any,
     ) -> Any:
         path = tmp_path / "p.json"
         path.write_bytes(made.to_json())
         if spoil:
             spoil(server_args, layers)
-        config = merge(Config(), {"resident": {"placement": str(path)}})
+        config = merge(Config(), {"resident": {"placement": str(path), **knobs}})
         runner = SimpleNamespace(model=None, server_args=server_args)
         group = SimpleNamespace(cpu_group=None, device_group=None)
         return attach_resident(runner, config, topology, 0, group)
@@ -172,6 +175,40 @@ def test_experts_served_smaller_than_the_file_counts_are_refused_with_both_dtype
         match=rf"{4 * WEIGHTS} bytes at high .* {2 * WEIGHTS} in bfloat16; start with the --dtype",
     ):
         start(made)
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are stored as if the other rank sent zeros."""
+    monkeypatch.setattr(attach.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(attach.dist, "get_global_rank", lambda group, rank: rank)
+    monkeypatch.setattr(attach.dist, "broadcast", lambda tensor, source, group: None)
+
+
+def test_where_replicas_stay_nothing_is_allocated_for_moves(
+    start: Callable[..., Any], one_rank: None
+) -> None:
+    still, without = start(placement())
+    assert still.mover is None
+    assert without.after == 2 * (2 * 2 * WEIGHTS + 3 * (WEIGHTS + 4 * WEIGHTS // 128**2))
+
+
+def test_where_replicas_may_move_the_expert_on_its_way_counts_as_memory_of_experts(
+    start: Callable[..., Any], one_rank: None
+) -> None:
+    moves, with_room = start(placement(), recalibrate=True)
+    assert moves.mover is not None
+    low = WEIGHTS + 4 * WEIGHTS // 128**2
+    assert moves.mover.num_bytes in range(low, low + 64)
+    assert with_room.after == 2 * (2 * 2 * WEIGHTS + 3 * low) + moves.mover.num_bytes
+    assert with_room.after <= with_room.before
+    assert moves.mover.told()["held"] == [[[-1], [0]]] * 2
+
+
+def test_moves_without_a_slot_are_refused_by_name(start: Callable[..., Any]) -> None:
+    bare = LayerPlacement(low_experts=(1, 4))
+    with pytest.raises(SystemExit, match=r"resident\.recalibrate True: the file has no replicas"):
+        start(placement((bare, bare)), recalibrate=True)
 
 
 def test_without_a_file_nothing_is_stored() -> None:

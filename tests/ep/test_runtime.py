@@ -15,7 +15,7 @@ from sglang_moelb.config import Config, merge, policy_of
 from sglang_moelb.ep import points
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.build_record import build
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import DECODES, PLAIN, REFUSES, Requests, RowWindow
 from sglang_moelb.ep.open_pass import TIMED_EVERY, TIMED_FIRST, gate_reason
 from sglang_moelb.ep.records import PassLog, close, raw_of, slots_of
 from sglang_moelb.ep.runtime import Runtime
@@ -173,7 +173,7 @@ def serve(
     return before, after
 
 
-PREFILL = Requests(runs=((40, False),), phase="prefill")
+PREFILL = Requests(runs=((40, PLAIN),), phase="prefill")
 
 
 def test_a_lever_rewrites_ids_and_weights_and_nothing_else(
@@ -191,7 +191,7 @@ def test_a_lever_rewrites_ids_and_weights_and_nothing_else(
 @pytest.mark.parametrize(
     "requests",
     [
-        Requests(runs=((1, False),), phase="prefill"),  # below min_batch_tokens over both ranks
+        Requests(runs=((1, PLAIN),), phase="prefill"),  # below min_batch_tokens over both ranks
         None,
     ],
     ids=["small", "unknown"],
@@ -211,7 +211,7 @@ def test_where_the_lever_must_not_act_the_same_object_is_dispatched(
 def test_without_a_prefill_nothing_is_exchanged_or_recorded(
     runtime: Runtime, dispatcher: Dispatcher, clock: Clock, phase: str
 ) -> None:
-    runs = ((40, True),) if phase == "decode" else ()
+    runs = ((40, DECODES),) if phase == "decode" else ()
     before, after = serve(runtime, dispatcher, Requests(runs=runs, phase=phase))
     assert after is before
     assert clock.records == []
@@ -284,12 +284,13 @@ def test_vision_tokens_are_flagged_before_sglang_clamps_their_ids(
 
 @pytest.mark.parametrize("images", [None, [], [None, None], [None, object()]])
 @pytest.mark.parametrize("protected", [0, 7, 40])
+@pytest.mark.parametrize("kind", [DECODES, REFUSES])
 def test_flags_are_right_whether_or_not_sglang_says_that_there_are_images(
-    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, images: Any, protected: int
+    runtime: Runtime, dispatcher: Dispatcher, clock: Clock, images: Any, protected: int, kind: int
 ) -> None:
     clock.lever = Lever.NONE
     batch = forward_batch(
-        40, Requests(runs=((protected, True), (40 - protected, False)), phase="prefill")
+        40, Requests(runs=((protected, kind), (40 - protected, PLAIN)), phase="prefill")
     )
     batch.mm_inputs = images
     num_vision = 5 if images and any(images) else 0
@@ -302,6 +303,8 @@ def test_flags_are_right_whether_or_not_sglang_says_that_there_are_images(
         runtime.end_pass()
         assert clock.records[-1].num_vision_tokens_R.tolist() == [num_vision] * 2
         assert clock.records[-1].num_protected_tokens_R.tolist() == [protected] * 2
+        num_refused = protected * (kind == REFUSES)
+        assert clock.records[-1].num_refused_tokens_R.tolist() == [num_refused] * 2
 
 
 def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(
@@ -311,7 +314,7 @@ def test_the_first_passes_and_then_some_are_timed_and_all_with_a_lever(
     numbers = range(1, TIMED_FIRST + 2 * TIMED_EVERY)
     for _ in numbers:
         serve(runtime, dispatcher, PREFILL)
-        serve(runtime, dispatcher, Requests(runs=((1, False),), phase="prefill"))  # too small
+        serve(runtime, dispatcher, Requests(runs=((1, PLAIN),), phase="prefill"))  # too small
     timed = [bool((record.experts_ms_L > 0).all()) for record in clock.records[::2]]
     assert timed == [n <= TIMED_FIRST or n % TIMED_EVERY == 0 for n in numbers]
     assert timed.count(False) > TIMED_EVERY
@@ -340,7 +343,7 @@ def test_the_first_prefill_checks_that_every_seam_was_passed(
     runtime: Runtime, dispatcher: Dispatcher
 ) -> None:
     points.num_passed["combined"] = 0
-    serve(runtime, dispatcher, Requests(runs=((40, True),), phase="decode"))
+    serve(runtime, dispatcher, Requests(runs=((40, DECODES),), phase="decode"))
     with pytest.raises(SystemExit, match="combined: sglang"):
         serve(runtime, dispatcher, PREFILL)
 
@@ -351,17 +354,15 @@ def test_lengths_of_a_batch_become_runs_and_decode_counts_one_a_request(runtime:
     batch = SimpleNamespace(forward_mode=mode, reqs=[request, request], decoding_reqs=None)
     forward = SimpleNamespace(extend_seq_lens_cpu=[5, 2], batch_size=2)
     runtime.note_requests(forward, batch)
-    assert forward.moelb_requests.runs == ((5, False), (2, False))
+    assert forward.moelb_requests.runs == ((5, PLAIN), (2, PLAIN))
     batch.forward_mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: True)
     forward = SimpleNamespace(extend_seq_lens_cpu=None, batch_size=2)
     runtime.note_requests(forward, batch)
-    assert forward.moelb_requests == Requests(runs=((2, True),), phase="decode")
+    assert forward.moelb_requests == Requests(runs=((2, DECODES),), phase="decode")
 
 
 def agreed(lever: Lever, phase: str, num_prefill: int, min_tokens: int) -> Agreed:
-    sizes = Sizes(
-        num_tokens=num_prefill, num_prefill_tokens=num_prefill, num_protected_tokens=0, phase=phase
-    )
+    sizes = Sizes(num_tokens=num_prefill, num_prefill_tokens=num_prefill, phase=phase)
     policy = Policy(epoch=1, lever=lever, min_batch_tokens=min_tokens)
     return Agreed(policy=policy, sizes_R=(sizes, sizes))
 
@@ -528,7 +529,7 @@ def test_without_a_lever_the_very_same_tensors_go_on_beside_room_for_copies(
     for lever in (Lever.NONE, Lever.REPLICATE):
         clock.lever = lever
         # the second pass is below min_batch_tokens, 4 over all ranks
-        small = Requests(runs=((1, False),), phase="prefill")
+        small = Requests(runs=((1, PLAIN),), phase="prefill")
         requests = PREFILL if lever is Lever.NONE else small
         before, after = serve(runtime, dispatcher, requests, requests.num_tokens)
         assert after is before

@@ -14,7 +14,7 @@ import torch
 
 from sglang_moelb.config import Config
 from sglang_moelb.ep import points
-from sglang_moelb.ep.modality import Requests, RowWindow
+from sglang_moelb.ep.modality import DECODES, PLAIN, Requests, RowWindow
 from sglang_moelb.ep.runtime import Runtime
 from sglang_moelb.ep.seams import SEAMS
 from sglang_moelb.ep.seat import Seat
@@ -114,7 +114,7 @@ def test_ids_agree_exactly_with_the_counts_of_the_same_pass(world: World, lever:
 
 
 def test_weights_and_flags_are_the_routers_and_the_batchs(world: World) -> None:
-    protects = Requests(runs=((30, False), (10, True)), phase="prefill")
+    protects = Requests(runs=((30, PLAIN), (10, DECODES)), phase="prefill")
     world.serve(protects, seed=5)
     (one,) = world.traced()
     for layer in range(NUM_LAYERS):
@@ -129,7 +129,7 @@ def test_decode_passes_are_neither_sampled_nor_counted_for_sampling(world: World
     for _ in range(EVERY):
         world.serve()
         for _ in range(2):
-            world.serve(Requests(runs=((40, True),), phase="decode"))
+            world.serve(Requests(runs=((40, DECODES),), phase="decode"))
     world.serve()
     assert [one.step for one in world.traced()] == [0, 3 * EVERY]
 

@@ -55,6 +55,8 @@ def check_plans(num_cases: int) -> None:
             (layout.C_VISION_ROWS, (3, 200, 1 << 27)[case % 3]),
         ):
             counts_RE5[..., column] = torch.randint(largest, shape, generator=generator)
+        is_refused_RE = torch.randint(4 * num_experts, shape, generator=generator) == 0
+        counts_RE5[..., layout.C_REFUSED_ROWS] = is_refused_RE.long()
         if case % 5 == 0:
             counts_RE5[:, num_experts // num_ranks :] = 0  # all rows on the first rank
         counts_RW = counts_RW.int()

@@ -44,9 +44,7 @@ def routed(num_rows: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def log_of(step: int, num_rows: int) -> PassLog:
     """The log of a sampled pass before its layers."""
-    sizes = Sizes(
-        num_tokens=num_rows, num_prefill_tokens=num_rows, num_protected_tokens=0, phase="prefill"
-    )
+    sizes = Sizes(num_tokens=num_rows, num_prefill_tokens=num_rows, phase="prefill")
     agreed = Agreed(policy=Policy(epoch=0), sizes_R=(sizes,))
     return PassLog(
         step=step,

@@ -1,4 +1,4 @@
-"""Kernels that move weights compile for Hopper as they were meant to be, without a GPU.
+"""Kernels that count, plan and move weights compile for Hopper as meant, without a GPU.
 
 The child process calls the ops on CPU tensors under `no_gpu_driver`, and prints what it found.
 """
@@ -17,6 +17,8 @@ import torch
 import no_gpu_driver
 from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.convert_fp8 import kernel as convert
+from sglang_moelb.kernels.count_experts import kernel as counts_of
+from sglang_moelb.kernels.keys import KeyRule
 from sglang_moelb.kernels.join_rows import kernel as join
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
@@ -38,6 +40,15 @@ for num_rows in (5, 16, 1000):
             for op in (rows.quantise_rows, rows.silu_mul_quantise):
                 x = torch.zeros(num_rows, 512).bfloat16()
                 op(x, num_rows_valid=count, column_major=column_major)
+ids, flags = torch.zeros(300, 8).long(), torch.zeros(300).byte()
+for num_tokens in (1, 16, 300):
+    for rule in (None, KeyRule(metric=0, preference=0), KeyRule(metric=2, preference=1)):
+        for amounts in (None, numbers.new_ones(300)[:num_tokens]):
+            counts_of.count_experts(
+                ids[:num_tokens], ids[:num_tokens].float(), flags[:num_tokens], amounts,
+                num_experts=128, topk=8, key_rule=rule,
+            )
+    counts_of.count_layers(ids[None, :num_tokens].contiguous(), flags[:num_tokens], num_experts=128)
 counts = torch.zeros(4, row_layout.row_width(128, with_histogram=False), dtype=torch.int32)
 for form in range(3):
     for share in (0.0, 0.5, 1.0):
@@ -61,9 +72,9 @@ for max_rows in (1, 16):
         for start in (0, 1):
             join.join_rows(done[:num_first], done[num_first:], numbers[start : start + 4])
 jits = {"convert": convert._convert, "quantise": rows._quantise}
+jits |= {"plan": plan._plan, "pull": pull._pull, "count": counts_of._count}
 jits |= {"masked": rows._quantise_masked, "join": join._join}
 jits |= {"powers": rows._quantise_ue8m0}
-jits |= {"plan": plan._plan, "pull": pull._pull}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
     jits[name] = [variant.asm["ptx"] for variant in cache.values()]
@@ -87,6 +98,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "powers": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks
+        "count": 5,  # with keys or not, with amounts or not; many layers at once
     }
 
 

@@ -29,7 +29,9 @@ for num_tokens in (1, 16, 1000, 8192, 8193, 16384):
     for rank in (0, 1, 3):
         for dtype in (torch.int32, torch.int64):
             ids_TK = torch.zeros(num_tokens, K, dtype=dtype)
-            deal.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=rank)
+            deal.reroute(
+                ids_TK, rows_RW, slots_RS, quota_ER, my_rank=rank, dtype=torch.int64
+            )
 jits = {"place": place._place, "prepare": deal._prepare, "apply": deal._apply}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())

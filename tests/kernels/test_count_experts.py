@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sglang_moelb.kernels import row_layout as layout
 from sglang_moelb.kernels.count_experts import KeyRule
-from sglang_moelb.kernels.row_layout import AMOUNT_ONE, FLAG_PROTECTED, FLAG_VISION
+from sglang_moelb.kernels.row_layout import AMOUNT_ONE, FLAG_PROTECTED, FLAG_REFUSED, FLAG_VISION
 from sglang_moelb.kernels.testing import assert_close, random_routing
 from sglang_moelb.types import Metric, Preference
 
 SCORE_IMAGE_FIRST = KeyRule(metric=Metric.SCORE, preference=Preference.IMAGE_FIRST)
 WORD = 0xFFFFFFFF
+REFUSED = FLAG_PROTECTED | FLAG_REFUSED
 
 
 @pytest.fixture
@@ -80,13 +81,14 @@ def loop_count(
             row[layout.H_VISION_TOKENS] += bool(vision)
             row[layout.H_VISION_AMOUNT] += amount if vision else 0
             row[layout.H_PROTECTED_TOKENS] += bool(protected)
+            row[layout.H_REFUSED_TOKENS] += bool(flags[t] & FLAG_REFUSED)
         for c, e in enumerate(ids):
             if not 0 <= e < num_experts:
                 continue
             at = layout.NUM_HEADER + e * layout.NUM_COUNTS
             if c < topk:
                 row[at + (layout.C_VISION_ROWS if vision else layout.C_TEXT_ROWS)] += 1
-                row[at + layout.C_PROTECTED_ROWS] += bool(protected)
+                row[at + layout.C_REFUSED_ROWS] += bool(flags[t] & FLAG_REFUSED)
                 row[at + layout.C_PROTECTED_AMOUNT] += amount if protected else 0
             row[at + layout.C_CUTTABLE_AMOUNT] += 0 if protected else amount
             if key_rule is None:
@@ -111,13 +113,13 @@ def test_the_worked_example_of_the_docstring(count_experts: Callable) -> None:
     row_W, keys_TC = count_experts(
         torch.tensor([[0, 1], [1, -1], [-1, -1], [1, 0]]),
         torch.tensor([[0.75, 0.25], [1.0, 0.0], [0.0, 0.0], [0.5, 0.5]]),
-        torch.tensor([0, FLAG_VISION, 0, FLAG_PROTECTED], dtype=torch.uint8),
+        torch.tensor([0, FLAG_VISION, 0, REFUSED], dtype=torch.uint8),
         None,
         num_experts=2,
         topk=2,
         key_rule=None,
     )
-    assert row_W.tolist() == [3, 1, 1, 1, 3, 0, 0, 0, 2, 0, 1, 1, 1, 2, 1, 1, 1, 2]
+    assert row_W.tolist() == [3, 1, 1, 1, 3, 1, 0, 0, 2, 0, 1, 1, 1, 2, 1, 1, 1, 2]
     assert keys_TC is None
 
 
@@ -171,7 +173,27 @@ def test_protected_rows_are_counted_but_are_never_cuttable(count_experts: Callab
     )
     counts_E5 = layout.counts_of(row_W, 8)
     assert counts_E5[:, layout.C_CUTTABLE_AMOUNT].sum() == 0
-    assert counts_E5[:, layout.C_PROTECTED_ROWS].sum() == (case.ids_TC >= 0).sum()
+    assert counts_E5[:, layout.C_PROTECTED_AMOUNT].sum() == (case.ids_TC >= 0).sum()
+
+
+@pytest.mark.parametrize("last", [0, FLAG_PROTECTED, REFUSED, REFUSED | FLAG_VISION])
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_only_rows_of_requests_that_refuse_are_refused_and_not_those_of_decode(
+    count_experts: Callable, num_tokens: int, last: int
+) -> None:
+    case = random_routing(num_tokens, 4, 8, seed=7, protected_share=0.0, padding_share=0.0)
+    flags_T = case.flags_T.clone()
+    flags_T[: num_tokens // 2] |= FLAG_PROTECTED
+    flags_T[-1] = last
+    ids_TC = case.ids_TC.clone()
+    ids_TC[-1] = torch.tensor([2, 5, -1, 0])
+    inputs = (ids_TC, case.weights_TC, flags_T, None)
+    assert_counts(count_experts, *inputs, num_experts=8, topk=3, key_rule=None)
+    row_W, _ = count_experts(*inputs, num_experts=8, topk=3, key_rule=None)
+    refuses = int(bool(last & FLAG_REFUSED))
+    assert row_W[layout.H_REFUSED_TOKENS] == refuses
+    refused_E = layout.counts_of(row_W, 8)[:, layout.C_REFUSED_ROWS]
+    assert refused_E.tolist() == [0, 0, refuses, 0, 0, refuses, 0, 0]
 
 
 def test_text_and_vision_rows_sum_to_the_routed_rows(count_experts: Callable) -> None:

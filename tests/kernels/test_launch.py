@@ -17,7 +17,10 @@ import no_gpu_driver
 from triton.runtime.driver import driver
 from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.count_experts import kernel as count
+from sglang_moelb.kernels.cut_tokens import kernel as cut
+from sglang_moelb.kernels.keys import KeyRule
 from sglang_moelb.kernels.place_replicas import kernel as place
+from sglang_moelb.kernels.plan_cuts import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.reroute import kernel as deal
 
@@ -37,6 +40,10 @@ slots_RS = torch.full((R, S), -1, dtype=torch.int32)
 quota_ER = torch.zeros(E, R, dtype=torch.int32)
 experts_PR = [[torch.zeros(32, width).bfloat16()] * R for width in (256, 128)]
 staged_P = [torch.zeros(S, width).bfloat16() for width in (256, 128)]
+RULE = KeyRule(metric=0, preference=0, seed=3)
+width = row_layout.row_width(E, with_histogram=True)
+histograms_RW = torch.zeros(R, width, dtype=torch.int32)
+capacity_G = torch.zeros(E, dtype=torch.int64)
 
 def run(num_tokens, start, dtype):
     ids_TK = torch.zeros(num_tokens, K, dtype=dtype)
@@ -45,6 +52,14 @@ def run(num_tokens, start, dtype):
     place.place_replicas(rows_RW, num_experts=E, num_slots=S, min_rows=256 + start)
     deal.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=start % R)
     pull.pull_experts(experts_PR, slots_RS, staged_P, my_rank=1, num_programs=16 + start)
+    weights_TK, amounts_T = torch.zeros(num_tokens, K), flags_T.int() if start else None
+    _, keys_TK = count.count_experts(
+        ids_TK, weights_TK, flags_T, amounts_T, num_experts=E, topk=K, key_rule=RULE
+    )
+    cuts = plan.plan_cuts(histograms_RW, capacity_G, my_rank=start % R, num_experts=E)
+    cut.cut_tokens(
+        ids_TK, weights_TK, keys_TK, flags_T, amounts_T, *cuts, num_experts=E, topk=K
+    )
 
 CASES = [
     (num_tokens, start, dtype)
@@ -52,7 +67,10 @@ CASES = [
     for start in (0, 1, 16)
     for dtype in (torch.int32, torch.int64)
 ]
-LAUNCHERS = (count._launch, place._launch, deal._launch_prepare, deal._launch_apply, pull._launch)
+LAUNCHERS = (
+    count._launch, place._launch, deal._launch_prepare, deal._launch_apply, pull._launch,
+    plan._launch, cut._launch_mark, cut._launch_find, cut._launch_apply,
+)
 
 def run_all(forget):
     launched.clear()
@@ -82,5 +100,5 @@ def test_a_launch_again_is_the_launch_that_triton_would_make(
     launches: dict[str, list[str]],
 ) -> None:
     """Also of tensors that are not aligned, which take another variant."""
-    assert len(launches["again"]) == 5 * 3 * 3 * 2
+    assert len(launches["again"]) == (5 + 5) * 3 * 3 * 2
     assert launches["again"] == launches["by_triton"]

@@ -32,7 +32,11 @@ def plan_downgrade(load_op: Callable) -> Callable:
         vision_E = counts_E5[:, layout.C_VISION_ROWS]
         rows_E = counts_E5[:, layout.C_TEXT_ROWS] + vision_E
         twin_E = plan_in_integers(
-            rows_E.tolist(), vision_E.tolist(), num_ranks=len(counts_RW), **options
+            rows_E.tolist(),
+            vision_E.tolist(),
+            counts_E5[:, layout.C_REFUSED_ROWS].tolist(),
+            num_ranks=len(counts_RW),
+            **options,
         )
         assert low_E.tolist() == twin_E
         return twin_E
@@ -40,23 +44,37 @@ def plan_downgrade(load_op: Callable) -> Callable:
     return plan
 
 
-def make_counts(text_RE: Tensor, vision_RE: Tensor, *, with_histogram: bool = False) -> Tensor:
+def make_counts(
+    text_RE: Tensor,
+    vision_RE: Tensor,
+    refused_RE: Tensor | int = 0,
+    *,
+    with_histogram: bool = False,
+) -> Tensor:
     num_ranks, num_experts = text_RE.shape
     width = layout.row_width(num_experts, with_histogram=with_histogram)
     counts_RW = torch.full((num_ranks, width), 12345, dtype=torch.int32)
     counts_RE5 = layout.counts_of(counts_RW, num_experts)
     counts_RE5[..., layout.C_TEXT_ROWS] = text_RE.int()
     counts_RE5[..., layout.C_VISION_ROWS] = vision_RE.int()
+    counts_RE5[..., layout.C_REFUSED_ROWS] = refused_RE
     return counts_RW
 
 
-def counts_of_one(rows_E: Sequence[int], vision_E: Sequence[int], num_ranks: int) -> Tensor:
+def counts_of_one(
+    rows_E: Sequence[int],
+    vision_E: Sequence[int],
+    num_ranks: int,
+    refused_E: Sequence[int] | None = None,
+) -> Tensor:
     """All rows come from the last rank; the others have none."""
     text_RE = torch.zeros(num_ranks, len(rows_E), dtype=torch.int64)
     vision_RE = text_RE.clone()
     vision_RE[-1] = torch.tensor(vision_E)
     text_RE[-1] = torch.tensor(rows_E) - vision_RE[-1]
-    return make_counts(text_RE, vision_RE)
+    refused_RE = torch.zeros_like(text_RE)
+    refused_RE[-1] = torch.tensor(refused_E or [0] * len(rows_E))
+    return make_counts(text_RE, vision_RE, refused_RE)
 
 
 def random_counts(pick: random.Random, num_ranks: int, num_experts: int) -> Tensor:
@@ -65,7 +83,8 @@ def random_counts(pick: random.Random, num_ranks: int, num_experts: int) -> Tens
     text_RE = torch.randint(0, pick.choice([1, 3, 200]), shape, generator=generator)
     vision_RE = torch.randint(0, pick.choice([2, 5, 400]), shape, generator=generator)
     text_RE[:, : pick.randrange(num_experts)] *= pick.choice([0, 1, 4])
-    return make_counts(text_RE, vision_RE)
+    refused_RE = torch.randint(0, 12, shape, generator=generator) == 0
+    return make_counts(text_RE, vision_RE, (text_RE + vision_RE) * refused_RE * pick.choice([0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +97,8 @@ def test_the_worked_example_of_the_docstring(
     counts_RW = counts_of_one([40, 60, 20, 0], [10, 50, 20, 0], num_ranks=2)
     options = {"capacity_factor": 1.0, "vision_share": 0.5, "low_cost": 0.5}
     assert plan_downgrade(counts_RW, 4, form=form, **options) == expected
+    counts_RW = counts_of_one([40, 60, 20, 0], [10, 50, 20, 0], 2, refused_E=[0, 1, 0, 0])
+    assert plan_downgrade(counts_RW, 4, form=form, **options) == [0] * 4
 
 
 @pytest.mark.parametrize("form", Form)
@@ -85,7 +106,7 @@ def test_tensors_and_plain_integers_decide_alike_and_forms_only_spare(
     plan_downgrade: Callable, form: Form
 ) -> None:
     pick = random.Random(int(form))
-    num_low = 0
+    num_low = num_refused = 0
     for _ in range(15):
         num_ranks = pick.choice([1, 2, 3, 4])
         num_experts = num_ranks * pick.choice([1, 2, 5, 8])
@@ -96,10 +117,16 @@ def test_tensors_and_plain_integers_decide_alike_and_forms_only_spare(
             "low_cost": pick.choice([0.0, 0.5, 0.66, 1.0]),
         }
         low_E = plan_downgrade(counts_RW, num_experts, form=form, **options)
+        counts_RE5 = layout.counts_of(counts_RW, num_experts)
+        refused_E = counts_RE5[..., layout.C_REFUSED_ROWS].sum(0).tolist()
+        counts_RE5[..., layout.C_REFUSED_ROWS] = 0
         whole_E = plan_downgrade(counts_RW, num_experts, form=Form.RANK, **options)
-        assert all(low <= whole for low, whole in zip(low_E, whole_E, strict=True))
+        for low, whole, refused in zip(low_E, whole_E, refused_E, strict=True):
+            assert low <= whole
+            assert not (low and refused)
+        num_refused += sum(refused_E)
         num_low += sum(low_E)
-    assert num_low > 0
+    assert min(num_low, num_refused) > 0
 
 
 def test_64_ranks_and_256_experts(plan_downgrade: Callable) -> None:
@@ -191,6 +218,39 @@ def test_no_smaller_set_of_vision_experts_reaches_the_mean(plan_downgrade: Calla
         assert num_low == min(reaching, default=len(able))
         num_between += 0 < num_low < len(able)
     assert num_between > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (Form.RANK, [0, 0, 0, 0, 1, 1, 1, 1]),
+        (Form.EXPERTS, [0, 1, 0, 0, 1, 1, 0, 0]),
+        (Form.FEWEST, [0, 1, 1, 0, 1, 0, 0, 0]),
+    ],
+)
+def test_refused_rows_spare_the_rank_or_the_expert_that_computes_them_and_no_other(
+    plan_downgrade: Callable, form: Form, expected: list[int]
+) -> None:
+    """Two equal hot ranks and an idle one; expert 0 has one refused row, and two take its place."""
+    rows_E = [300, 200, 100, 20] * 2 + [0] * 4
+    refused_E = [1] + [0] * 11
+    options = {"form": form, "capacity_factor": 1.2, "vision_share": 0.7, "low_cost": 0.3}
+    free = plan_downgrade(counts_of_one(rows_E, rows_E, 3), 12, **options)
+    assert free[:4] == free[4:8]
+    low_E = plan_downgrade(counts_of_one(rows_E, rows_E, 3, refused_E), 12, **options)
+    assert low_E[:8] == expected
+    assert low_E[4:] == free[4:]
+
+
+@pytest.mark.parametrize("form", Form)
+def test_refused_rows_on_a_rank_that_is_not_hot_change_nothing(
+    plan_downgrade: Callable, form: Form
+) -> None:
+    rows_E, refused_E = [50, 50, 10, 10], [0, 0, 10, 10]
+    low_E = plan_downgrade(counts_of_one(rows_E, rows_E, 2), 4, form=form, **REALLB)
+    assert any(low_E)
+    counts_RW = counts_of_one(rows_E, rows_E, 2, refused_E)
+    assert plan_downgrade(counts_RW, 4, form=form, **REALLB) == low_E
 
 
 def test_rows_that_sum_beyond_32_bits_are_counted_exactly(plan_downgrade: Callable) -> None:

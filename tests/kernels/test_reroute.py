@@ -118,6 +118,23 @@ def test_16_ranks_and_256_experts_with_32_bit_ids(reroute: Callable) -> None:
     assert_rerouted(reroute, ids, 256, 4)
 
 
+@pytest.mark.parametrize("has_copy", [True, False])
+@pytest.mark.parametrize("wanted", [torch.int32, torch.int64])
+@pytest.mark.parametrize("given", [torch.int32, torch.int64])
+def test_the_ids_have_the_type_that_is_asked_for(
+    reroute: Callable, given: torch.dtype, wanted: torch.dtype, *, has_copy: bool
+) -> None:
+    ids_TK = torch.tensor([[0], [1], [0], [0]])
+    rows_RW = count_rows([ids_TK, torch.tensor([[0]])], 4)
+    slots_RS = torch.tensor([[-1], [0 if has_copy else -1]], dtype=torch.int32)
+    quota_ER = torch.tensor(
+        [[2, 2] if has_copy else [4, 0], [1, 0], [0, 0], [0, 0]], dtype=torch.int32
+    )
+    out_TK = reroute(ids_TK.to(given), rows_RW, slots_RS, quota_ER, my_rank=0, dtype=wanted)
+    assert out_TK.dtype == wanted
+    assert out_TK.flatten().tolist() == [0, 1, 0, 5 if has_copy else 0]
+
+
 def test_many_tokens_span_many_tiles(reroute: Callable) -> None:
     ids = [route(9000, 2, 16, seed=0), route(40, 2, 16, seed=1)]
     assert_rerouted(reroute, ids, 16, 2)

@@ -14,7 +14,7 @@ from sglang_moelb.ep import controller_link, flags, install, runtime, start
 from sglang_moelb.ep.status import NUM_RECENT, Ledger
 from sglang_moelb.metrics.table import METRICS
 from sglang_moelb.types import MODES, Topology
-from tests.controller.test_verdict import OFF, ON
+from tests.controller.test_judge import OFF, ON
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -92,6 +92,8 @@ def test_what_symptoms_point_at_exists() -> None:
         "gate_reason",
         "rows_after_R",
         "num_protected_tokens_R",
+        "num_refused_tokens_R",
+        "low_ranks",
         "balance_ms",
         "step_ms",
     ):

@@ -159,6 +159,7 @@ def _record(
         num_tokens_R=tokens_R,
         num_vision_tokens_R=tokens_R * 2 // 5,
         num_protected_tokens_R=tokens_R // 64,
+        num_refused_tokens_R=tokens_R * 0,
         rows_LEM=rows_LEM,
         rows_after_LR=after_LR,
         routed_mass=float(tokens_R.sum()) * topology.num_layers,

@@ -220,9 +220,7 @@ def test_a_writer_tells_what_it_wrote_and_that_it_stopped(
 
 
 def gate(phase: Phase, num_tokens: int) -> str:
-    sizes = Sizes(
-        num_tokens=num_tokens, num_prefill_tokens=num_tokens, num_protected_tokens=0, phase=phase
-    )
+    sizes = Sizes(num_tokens=num_tokens, num_prefill_tokens=num_tokens, phase=phase)
     policy = Policy(epoch=1, lever=Lever.DROP, min_batch_tokens=100)
     return gate_reason(Agreed(policy=policy, sizes_R=(sizes,)))
 

@@ -79,6 +79,7 @@ def record(
         num_tokens_R=np.full(num_ranks, 10, dtype=np.int64),
         num_vision_tokens_R=np.zeros(num_ranks, dtype=np.int64),
         num_protected_tokens_R=np.zeros(num_ranks, dtype=np.int64),
+        num_refused_tokens_R=np.zeros(num_ranks, dtype=np.int64),
         rows_LEM=rows_LEM,
         rows_after_LR=after_LR,
         routed_mass=100.0,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -146,3 +148,13 @@ def test_a_background_writer_counts_what_it_leaves_out(tmp_path: Path) -> None:
 def test_the_sizes_of_the_server_come_back(tmp_path: Path) -> None:
     writer(tmp_path).close()
     assert open_trace(tmp_path).header.topology == TOPOLOGY
+
+
+def test_a_pass_that_does_not_tell_refused_tokens_apart_is_read_as_if_all_protected_were() -> None:
+    one = rich_pass()
+    fields = msgspec.msgpack.decode(zlib.decompress(codec.encode_pass(one, TOPOLOGY)))
+    del fields["num_refused_tokens"]
+    found = codec.decode_pass(zlib.compress(msgspec.msgpack.encode(fields)), TOPOLOGY).record
+    assert found.num_protected_tokens_R.tolist() == one.record.num_protected_tokens_R.tolist()
+    assert found.num_refused_tokens_R.tolist() == one.record.num_protected_tokens_R.tolist()
+    assert found.num_refused_tokens_R.tolist() != one.record.num_refused_tokens_R.tolist()

@@ -35,6 +35,7 @@ def rich_pass(step: int = 0) -> TracedPass:
         policy=policy,
         gate_reason="too small",
         rank=2,
+        num_refused_tokens_R=np.arange(1, 5),
         lost_mass=0.1 + 0.2,
         moved_mass=1 / 3,
         num_dropped_rows=5,

@@ -23,12 +23,17 @@ from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.ep.memory import MemoryLedger, kv_token_bytes_of
+from sglang_moelb.ep.unfit import (
+    adapters_refusal,
+    dispatch_refusal,
+    offload_refusal,
+    quantised_refusal,
+    runner_refusal,
+)
 from sglang_moelb.ep.weight_updates import refuse_updates
 from sglang_moelb.hot_config import wants_slots, without_slots
 
 logger = logging.getLogger("sglang_moelb")
-
-LOW_LATENCY = "_low_latency_dispatcher"  # of SGLang's dispatcher, where its mode has one
 
 
 def attach_downgrade(
@@ -116,25 +121,18 @@ def refusal_of(
     `name`: the lower, as `downgrade.format` has it. `prefills_only`: as levers do; resident copies
     act in decode too.
     """
-    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-    from sglang.srt.runtime_context import get_lora
-
     layer = layers[0]
-    if not all(isinstance(one.quant_method, UnquantizedFusedMoEMethod) for one in layers):
-        method = type(layer.quant_method).__name__
-        return (
-            f"experts of {method}",
+    refusal = (
+        quantised_refusal(
+            layers,
             "a quantised checkpoint has no lower precision to go to: on Hopper fp8 is the lowest "
-            "that computes. Serve the bfloat16 checkpoint, without --quantization",
+            "that computes",
         )
-    if get_lora().enable_lora or get_lora().lora_paths:
-        return "--enable-lora", "adapters are added at one precision; leave the flag out"
-    runner = layer.quant_method.runner
-    if not runner.runner_backend.is_deep_gemm():
-        return (
-            f"--moe-runner-backend {runner.runner_backend.value}",
-            "only deep_gemm takes another precision with each call; use deep_gemm",
-        )
+        or adapters_refusal("adapters are added at one precision")
+        or runner_refusal(layer, "only deep_gemm takes another precision with each call")
+    )
+    if refusal:
+        return refusal
     shapes = {(*one.w13_weight.shape, *one.w2_weight.shape[1:]) for one in layers}
     if len(shapes) != 1 or any(size % fp8.BLOCK for size in next(iter(shapes))[1:]):
         return (
@@ -145,28 +143,14 @@ def refusal_of(
     return (
         offload_refusal()
         or dispatch_refusal(layer, prefills_only=prefills_only)
-        or (_activation_refusal(name, runner.config) if name in EMULATED else None)
+        or (_activation_refusal(name, layer) if name in EMULATED else None)
         or format_refusal(name, layer.w13_weight)
     )
 
 
-def offload_refusal() -> tuple[str, str] | None:
-    """Weights that a lever on experts would not find on the device, and the fix; None if all are.
-    """
-    from sglang.srt.runtime_context import get_exec
-
-    offload = get_exec().offload
-    if offload.cpu_offload_gb > 0 or offload.offload_group_size > 0:
-        flag = "--cpu-offload-gb" if offload.cpu_offload_gb > 0 else "--offload-group-size"
-        return (
-            flag,
-            "weights that lie on the host are not there to be converted or copied; leave it out",
-        )
-    return None
-
-
-def _activation_refusal(name: str, config: Any) -> tuple[str, str] | None:
+def _activation_refusal(name: str, layer: Any) -> tuple[str, str] | None:
     """What `ep.low.fp4` does not compute, by SGLang's `MoeRunnerConfig`."""
+    config = layer.quant_method.runner.config
     unlike = {
         "activation": config.activation if config.activation != "silu" else None,
         "is_gated": None if config.is_gated else False,
@@ -181,24 +165,6 @@ def _activation_refusal(name: str, config: Any) -> tuple[str, str] | None:
             f"experts with {found}",
             f"downgrade.format {name} emulates silu(gate) * up without more; use fp8",
         )
-    return None
-
-
-def dispatch_refusal(layer: Any, *, prefills_only: bool = True) -> tuple[str, str] | None:
-    """What of DeepEP's dispatch experts cannot be run otherwise with, and the fix; None if all can.
-    """
-    for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
-        normal = getattr(dispatcher, "_normal_dispatcher", None)
-        if normal is None and prefills_only:
-            return "--deepep-mode low_latency", "such a lever acts in prefill only; use mode none"
-        low_latency = None if prefills_only else getattr(dispatcher, LOW_LATENCY, None)
-        for mode in filter(None, (normal, low_latency)):
-            if mode.use_fp8 or mode.use_mxfp4 or mode.use_mxfp8 or mode.use_nvfp4:
-                return (
-                    f"dispatch of {mode.deepep_output_dtype.name}",
-                    "rows must arrive at the model's precision; use "
-                    "--deepep-dispatcher-output-dtype bf16",
-                )
     return None
 
 

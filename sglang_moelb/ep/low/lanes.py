@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +26,22 @@ class Lanes(Protocol):
         """Let the main lane wait for `event`."""
 
 
+class _Aside:
+    """Work goes to `side`; `torch.cuda.stream` also asks for devices, which here are the same."""
+
+    __slots__ = ("_main", "_side")
+
+    def __init__(self, side: torch.cuda.Stream) -> None:
+        self._side = side
+
+    def __enter__(self) -> None:
+        self._main = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._side)
+
+    def __exit__(self, *raised: object) -> None:
+        torch.cuda.set_stream(self._main)
+
+
 class StreamLanes:
     """Streams of a CUDA device."""
 
@@ -37,13 +52,11 @@ class StreamLanes:
         """See `Lanes`."""
         return torch.cuda.current_stream().record_event()
 
-    @contextmanager
-    def aside(self, after: tuple[Event, ...]) -> Iterator[None]:
+    def aside(self, after: tuple[Event, ...]) -> AbstractContextManager[None]:
         """See `Lanes`."""
         for event in after:
             self._side.wait_event(event)
-        with torch.cuda.stream(self._side):
-            yield
+        return _Aside(self._side)
 
     def mark_aside(self) -> Event:
         """See `Lanes`."""
@@ -61,10 +74,9 @@ class HostLanes:
         """See `Lanes`."""
         return None
 
-    @contextmanager
-    def aside(self, after: tuple[Event, ...]) -> Iterator[None]:
+    def aside(self, after: tuple[Event, ...]) -> AbstractContextManager[None]:
         """See `Lanes`."""
-        yield
+        return nullcontext()
 
     def mark_aside(self) -> Event:
         """See `Lanes`."""

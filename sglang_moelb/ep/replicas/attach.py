@@ -17,11 +17,18 @@ import torch.distributed as dist
 
 from sglang_moelb.config import Config
 from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS, WEIGHTS
-from sglang_moelb.ep.low.attach import dispatch_refusal, expert_layers, offload_refusal
+from sglang_moelb.ep.low.attach import expert_layers
 from sglang_moelb.ep.low.lanes import lanes_of
 from sglang_moelb.ep.replicas.lever import ReplicateLever
 from sglang_moelb.ep.replicas.memory import MappingError, map_experts
 from sglang_moelb.ep.replicas.warm_up import warm_up
+from sglang_moelb.ep.unfit import (
+    adapters_refusal,
+    dispatch_refusal,
+    offload_refusal,
+    quantised_refusal,
+    runner_refusal,
+)
 from sglang_moelb.hot_config import wants_replicas, without_replicas
 from sglang_moelb.types import Topology
 
@@ -79,6 +86,11 @@ def refusal_of(
     """
     return (
         _flag_refusal(server_args)
+        or adapters_refusal("adapters are not copied with an expert")
+        or quantised_refusal(layers, "their scales would have to be copied with them")
+        or runner_refusal(
+            layers[0], "only deep_gemm runs as many experts as it is given with each call"
+        )
         or _experts_refusal(layers)
         or offload_refusal()
         or dispatch_refusal(layers[0])
@@ -87,15 +99,11 @@ def refusal_of(
 
 
 def _flag_refusal(server_args: Any) -> tuple[str, str] | None:
-    from sglang.srt.runtime_context import get_lora
-
     if server_args.nnodes != 1:
         return (
             f"--nnodes {server_args.nnodes}",
             "experts are copied over NVLink inside one host; use one host",
         )
-    if get_lora().enable_lora or get_lora().lora_paths:
-        return "--enable-lora", "adapters are not copied with an expert; leave the flag out"
     if server_args.enable_memory_saver:
         return (
             "--enable-memory-saver",
@@ -111,25 +119,9 @@ def _flag_refusal(server_args: Any) -> tuple[str, str] | None:
 
 
 def _experts_refusal(layers: Sequence[Any]) -> tuple[str, str] | None:
-    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-
-    layer = layers[0]
-    if not all(isinstance(one.quant_method, UnquantizedFusedMoEMethod) for one in layers):
-        method = type(layer.quant_method).__name__
-        return (
-            f"experts of {method}",
-            "their scales would have to be copied with them; serve the bfloat16 checkpoint, "
-            "without --quantization",
-        )
-    runner = layer.quant_method.runner
-    if not runner.runner_backend.is_deep_gemm():
-        return (
-            f"--moe-runner-backend {runner.runner_backend.value}",
-            "only deep_gemm runs as many experts as it is given with each call; use deep_gemm",
-        )
     if any(getattr(one, f"{name}_bias", None) is not None for one in layers for name in WEIGHTS):
         return "experts with a bias", "it is not copied with an expert"
-    weight = layer.w13_weight
+    weight = layers[0].w13_weight
     if weight.is_cuda and weight.dtype != torch.bfloat16:
         return f"--dtype {weight.dtype}", "SGLang runs unquantised experts in bfloat16; use that"
     return None

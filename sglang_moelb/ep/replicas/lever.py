@@ -26,6 +26,7 @@ from sglang_moelb.types import Topology
 
 # Of the SMs of a device while DeepEP's dispatch has its own: enough to fill NVLink.
 NUM_PROGRAMS = 16
+DISPATCH_DTYPE = torch.int64  # which SGLang makes of all ids for DeepEP, in a launch of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +55,10 @@ class ReplicateLever:
         lanes: Lanes,
     ) -> None:
         self._layers = layers
-        self._experts_L = experts_L
         # A layer as SGLang's method sees it when it runs the copies with the own experts.
         self._wide_L = [SimpleNamespace(w13_weight=e.w13, w2_weight=e.w2) for e in experts_L]
+        self._own_L = [(e.w13_R, e.w2_R) for e in experts_L]
+        self._slots_L = [(e.w13[e.num_own :], e.w2[e.num_own :]) for e in experts_L]
         self._rank = rank
         self._lanes = lanes
         first = experts_L[0]
@@ -80,7 +82,14 @@ class ReplicateLever:
         as there are with the slots. No host sync.
         """
         pulled = self._pull(layer, plan)
-        ids_TK = reroute(ids_TK, plan.counts_RW, plan.slots_RS, plan.quota_ER, my_rank=self._rank)
+        ids_TK = reroute(
+            ids_TK,
+            plan.counts_RW,
+            plan.slots_RS,
+            plan.quota_ER,
+            my_rank=self._rank,
+            dtype=DISPATCH_DTYPE,
+        )
         normal = dispatcher._get_impl()
         # DeepEP's one buffer must be made for the model's own number of experts: in low latency,
         # which it serves too, that decides what lies where.
@@ -114,15 +123,13 @@ class ReplicateLever:
 
     def _pull(self, layer: int, plan: CopyPlan) -> Event:
         """Start the copies of `layer` on the side lane; the event of their end."""
-        experts = self._experts_L[layer]
-        num_own = experts.num_own
         planned = self._lanes.mark()
         after = (planned,) if self._read is None else (planned, self._read)
         with self._lanes.aside(after):
             pull_experts(
-                (experts.w13_R, experts.w2_R),
+                self._own_L[layer],
                 plan.slots_RS,
-                (experts.w13[num_own:], experts.w2[num_own:]),
+                self._slots_L[layer],
                 my_rank=self._rank,
                 num_programs=NUM_PROGRAMS,
             )

@@ -52,7 +52,7 @@ def plan_copies(
         num_experts=topology.num_experts,
         out_LW=None if place_W is None else place_W.view(1, width),
     )
-    counts_RW = exchange.gather(row_1W.view(-1))
+    counts_RW = exchange.gather(row_1W.view(-1) if place_W is None else place_W)
     slots_RS, quota_ER, _ = place_replicas(
         counts_RW,
         num_experts=topology.num_experts,

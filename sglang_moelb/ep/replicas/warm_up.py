@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.low.attach import some_rows
+from sglang_moelb.ep.replicas.lever import DISPATCH_DTYPE
 from sglang_moelb.ep.replicas.memory import LayerExperts
 from sglang_moelb.kernels.count_experts import count_layers
 from sglang_moelb.kernels.place_replicas import place_replicas
@@ -78,4 +79,4 @@ def _warm_routing(
     slots_RS, quota_ER, _ = place_replicas(
         rows_RW, num_experts=topology.num_experts, num_slots=num_slots
     )
-    reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=rank)
+    reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=rank, dtype=DISPATCH_DTYPE)

@@ -11,10 +11,11 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,9 +25,18 @@ from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.masked import run_masked, some_masked_rows
+from sglang_moelb.ep.resident.move import Mover
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.unfit import LOW_LATENCY
 from sglang_moelb.ep.weight_updates import refuse_updates
-from sglang_moelb.placement import Placement, PlacementError, layout, load, num_slots_of
+from sglang_moelb.placement import (
+    LayerLayout,
+    Placement,
+    PlacementError,
+    layout,
+    load,
+    num_slots_of,
+)
 from sglang_moelb.types import Topology
 
 logger = logging.getLogger("sglang_moelb")
@@ -60,6 +70,7 @@ def attach_resident(
         or low.refusal_of("fp8", layers, prefills_only=False)
         or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
+        or _moves_refusal(config, num_slots)
     )
     if refusal:
         what, why = refusal
@@ -78,26 +89,70 @@ def attach_resident(
         "resident.placement",
         "experts lie in other places than SGLang loads them into, and some in fp8",
     )
-    memory = ExpertMemory(before=before, after=high_bytes(layers) + _low_bytes(stored_L))
-    if memory.after > memory.before:
-        sys.exit(f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, "
-                 f"{memory.before} before: the placement is of another model")  # fmt: skip
-    for layer, place in zip(layers, layouts_L, strict=True):
-        for mode in _modes(layer):
-            mode.num_experts = topology.num_ranks * place.num_places
+    resident = ResidentExperts(layers, stored_L, _widened(layouts_L, config, topology), rank=rank)
+    if config.resident.recalibrate:
+        resident.mover = Mover(
+            layers, stored_L, layouts_L, placement.layers, resident, topology, rank,
+            group.device_group,
+        )  # fmt: skip
+    memory = _memory(before, layers, stored_L, resident.mover)
+    if memory.after > before:
+        sys.exit(
+            f"sglang_moelb: resident.placement {path}: experts take {memory.after} bytes, {before} "
+            "before: the placement is of another model, or leaves no room for the expert that "
+            "resident.recalibrate has on its way; calibrate with a lower --budget"
+        )
+    _send_to_places(layers, topology.num_ranks * layouts_L[0].num_places)
     if layers[0].w13_weight.is_cuda:
         torch.cuda.empty_cache()  # SGLang sizes the KV cache from what the device has free
         _warm_up(layers[0], stored_L[0], group)
+    _log(path, stored_L[0], memory)
+    return resident, memory
+
+
+def _log(path: str, stored: StoredLayer, memory: ExpertMemory) -> None:
     logger.info(
         "sglang_moelb: resident placement %s: in each layer %d experts of this rank high and %d "
         "places low; its experts take %.1f MiB, before %.1f MiB",
         path,
-        stored_L[0].num_high,
-        stored_L[0].num_low,
+        stored.num_high,
+        stored.num_low,
         memory.after / (1 << 20),
         memory.before / (1 << 20),
     )
-    return ResidentExperts(layers, stored_L, layouts_L, rank=rank), memory
+
+
+def _send_to_places(layers: Sequence[Any], num_physical: int) -> None:
+    """Let DeepEP send to all places of all ranks, alike in all layers."""
+    for layer in layers:
+        for mode in _modes(layer):
+            mode.num_experts = num_physical
+
+
+def _memory(
+    before: int, layers: Sequence[Any], stored_L: Sequence[StoredLayer], mover: Mover | None
+) -> ExpertMemory:
+    after = high_bytes(layers) + _low_bytes(stored_L) + (mover.num_bytes if mover else 0)
+    return ExpertMemory(before=before, after=after)
+
+
+def _widened(
+    layouts_L: Sequence[LayerLayout], config: Config, topology: Topology
+) -> Sequence[LayerLayout]:
+    """`layouts_L` with room for a copy of every expert on every rank, where replicas may move."""
+    if not config.resident.recalibrate:
+        return layouts_L
+    return [
+        replace(
+            one,
+            copies_EC=np.pad(
+                one.copies_EC,
+                ((0, 0), (0, topology.num_ranks - one.copies_EC.shape[1])),
+                constant_values=-1,
+            ),
+        )
+        for one in layouts_L
+    ]
 
 
 def _same_placement(path: str, group: dist.ProcessGroup) -> Placement:
@@ -185,6 +240,16 @@ def _places_refusal(num_places: int) -> tuple[str, str] | None:
     )
 
 
+def _moves_refusal(config: Config, num_slots: int) -> tuple[str, str] | None:
+    if num_slots or not config.resident.recalibrate:
+        return None
+    return (
+        "resident.recalibrate True",
+        "the file has no replicas, so there is no slot to move one to; leave it out, or calibrate "
+        "with --slots 1 or more",
+    )
+
+
 def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
     return sum(stored.low.num_bytes for stored in stored_L if stored.low is not None)
 
@@ -194,7 +259,7 @@ def _modes(layer: Any) -> list[Any]:
 
     DeepEP's buffer, which both share, is made for the `num_experts` of that which comes first.
     """
-    names = ("_normal_dispatcher", low.LOW_LATENCY)
+    names = ("_normal_dispatcher", LOW_LATENCY)
     inners = getattr(layer.dispatcher, "_inners", [layer.dispatcher])
     modes = [getattr(inner, name, None) for inner in inners for name in names]
     return [mode for mode in modes if mode is not None]

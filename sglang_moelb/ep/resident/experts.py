@@ -10,7 +10,7 @@ C most copies of an expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +21,17 @@ from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.choose_copy import choose_copy
 from sglang_moelb.placement import LayerLayout
 
+if TYPE_CHECKING:
+    from sglang_moelb.ep.resident.move import Mover
+
 
 class ResidentExperts:
-    """The MoE layers `layers` of this rank as a placement has stored them."""
+    """The MoE layers `layers` of this rank as a placement has stored them.
+
+    `mover` moves their replicas while serving, where that was asked for.
+    """
+
+    mover: Mover | None = None
 
     def __init__(
         self,
@@ -54,6 +62,21 @@ class ResidentExperts:
             shift=self._rank,
         )
         return topk_output._replace(topk_ids=ids_TK)
+
+    def send_to(self, layer: int, expert: int, physical: Sequence[int]) -> None:
+        """Send rows of `expert` to the copies with these ids, its original first, from now on.
+
+        Written in place, on the current stream, without a sync: a captured graph reads it too.
+        """
+        copies_EC, num_copies_E = self._copies_L[layer], self._num_copies_L[layer]
+        row = [*physical, *(-1,) * (copies_EC.shape[1] - len(physical))]
+        for to, values in (
+            (copies_EC[expert], row),
+            (num_copies_E[expert : expert + 1], [len(physical)]),
+        ):
+            # Pinned, or the copy would wait for the device.
+            new = torch.tensor(values, dtype=torch.int32, pin_memory=to.is_cuda)
+            to.copy_(new, non_blocking=True)
 
     def run(self, module: Any, dispatch_output: Any) -> Any:
         """Run a layer's experts: at most one grouped run a precision, their rows added.

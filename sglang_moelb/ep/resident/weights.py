@@ -50,7 +50,7 @@ def store(layer: Any, layout: LayerLayout, *, rank: int, group: dist.ProcessGrou
     low = _empty(layer, num_low) if num_low else None
     for place, expert in enumerate(own_low):
         assert low is not None
-        _quantise(layer, expert, _only(low, place))
+        quantise(layer, expert, only(low, place))
     _take_replicas(layer, layout, low, len(own_low), rank, group)
     if own_low:
         for name in WEIGHTS:
@@ -80,15 +80,15 @@ def _take_replicas(
         sent = _empty(layer, 1)
         home = expert // per_rank
         if rank == home:
-            _quantise(layer, expert % per_rank, sent)
-        for tensor in _tensors(sent):
+            quantise(layer, expert % per_rank, sent)
+        for tensor in tensors_of(sent):
             # Bytes: not every backend sends float8.
             source = dist.get_global_rank(group, home)
             dist.broadcast(tensor.view(torch.uint8), source, group=group)
         if expert in layout.replicas[rank]:
             assert low is not None
             place = first_place + layout.replicas[rank].index(expert)
-            for to, tensor in zip(_tensors(_only(low, place)), _tensors(sent), strict=True):
+            for to, tensor in zip(tensors_of(only(low, place)), tensors_of(sent), strict=True):
                 to.view(torch.uint8).copy_(tensor.view(torch.uint8))
 
 
@@ -100,16 +100,18 @@ def _empty(layer: Any, num_experts: int) -> Fp8Weights:
     return fp8.allocate(like)
 
 
-def _quantise(layer: Any, expert: int, into: Fp8Weights) -> None:
+def quantise(layer: Any, expert: int, into: Fp8Weights) -> None:
     """Write local expert `expert` into the one place of `into`."""
     one = SimpleNamespace(**{name: getattr(layer, name)[expert : expert + 1] for name in WEIGHTS})
     fp8.convert(one, into, torch.ones(1, dtype=torch.int32, device=into.w13.device))
 
 
-def _only(weights: Fp8Weights, place: int) -> Fp8Weights:
+def only(weights: Fp8Weights, place: int) -> Fp8Weights:
+    """One place of `weights`, the same memory."""
     part = slice(place, place + 1)
     return Fp8Weights(**{name: getattr(weights, name)[part] for name in NAMES})
 
 
-def _tensors(weights: Fp8Weights) -> list[torch.Tensor]:
+def tensors_of(weights: Fp8Weights) -> list[torch.Tensor]:
+    """The four tensors, in the order of `NAMES`."""
     return [getattr(weights, name) for name in NAMES]

@@ -3,8 +3,8 @@
 Arguments, results and layout are those of `deep_ep` 2.1 without fp8; room for rows that have not
 come holds NaN, so that whoever reads it is found out. Runs on the host, in eager mode only.
 
-Shapes: T tokens of this rank, K top-k columns, R ranks, M = R * room for a rank's tokens, e local
-experts, H hidden size.
+Shapes: T tokens of this rank, K top-k columns, R ranks, M = R * room for a rank's tokens, N = M * K
+selections of all ranks, e local experts, H hidden size.
 Source of the semantics: DeepEP's documentation of `Buffer`.
 """
 
@@ -81,6 +81,9 @@ class LowLatencyBuffer(Buffer):
         check_rows([x], len(topk_idx))
         if len(x) > room:
             raise ValueError(f"{len(x)} tokens, more than there is room for: {room}")
+        ordered = topk_idx.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+            raise ValueError("a token selects an expert twice: an expert has room for each once")
         x_RTH = self._gathered(torch.cat([x, x.new_zeros(room - len(x), x.shape[1])]))
         ids = torch.cat([topk_idx, topk_idx.new_full((room - len(x), topk_idx.shape[1]), -1)])
         ids_N = self._gathered(ids).flatten()

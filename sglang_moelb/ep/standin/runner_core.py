@@ -1,6 +1,8 @@
 """SGLang's runner core "deep_gemm" and its torch-native expert function, on the reference experts.
 
 Imports SGLang: load it only in a process in which the stand-in was asked for.
+
+Shapes: N rows, H hidden size, e local experts, M rows that one has room for in low latency.
 """
 
 from __future__ import annotations

@@ -27,13 +27,13 @@ def count_experts(
     """Count what this rank routes, in one pass over the data. Source of the algorithm: ours.
 
     A token counts when one of its routed ids is not -1 (padding has none). Text, vision and
-    protected rows and protected amounts are of routed rows; the amounts that may be cut are of all
+    refused rows and protected amounts are of routed rows; the amounts that may be cut are of all
     rows of tokens that are not protected. Ids outside 0..E-1 are no rows.
 
     Args:
         ids_TC: int32 or int64 logical experts, -1 none. Rows may be strided.
         weights_TC: float32 gate weights. Rows may be strided.
-        flags_T: uint8, FLAG_VISION and FLAG_PROTECTED.
+        flags_T: uint8, FLAG_VISION, FLAG_PROTECTED and FLAG_REFUSED.
         amounts_T: int32 in 1..AMOUNT_ONE, or None: every row weighs 1.
         num_experts: E.
         topk: number of routed columns, at most C.
@@ -64,7 +64,7 @@ def count_layers(
 
     Args:
         ids_LTK: int32 or int64 logical experts, -1 none; contiguous.
-        flags_T: uint8, FLAG_VISION and FLAG_PROTECTED; the same tokens in all layers.
+        flags_T: uint8, as in `count_experts`; the same tokens in all layers.
         num_experts: E.
         out_LW: int32 and contiguous, written and returned; or None for a new tensor.
 

@@ -10,11 +10,12 @@ Example: E = 2, topk = C = 2, four tokens, no amounts, no key_rule:
     0       [0, 1]    .75 .25     text           a text row of each expert
     1       [1, -1]   1.  0.      FLAG_VISION    a vision row of expert 1
     2       [-1, -1]  0.  0.      text           nothing, it is padding
-    3       [1, 0]    .5  .5      FLAG_PROTECTED a text row of each expert that cannot be cut
+    3       [1, 0]    .5  .5      FLAG_PROTECTED a text row of each expert that cannot be cut,
+                                  FLAG_REFUSED   and a refused one
 
-    header    3 tokens, 1 vision, 1 protected, vision amount 1, amount 3, 0 0 0
-    expert 0  2 text, 0 vision, 1 protected rows; protected amount 1, cuttable amount 1
-    expert 1  2 text, 1 vision, 1 protected rows; protected amount 1, cuttable amount 2
+    header    3 tokens, 1 vision, 1 protected, vision amount 1, amount 3, 1 refused, 0 0
+    expert 0  2 text, 0 vision, 1 refused rows; protected amount 1, cuttable amount 1
+    expert 1  2 text, 1 vision, 1 refused rows; protected amount 1, cuttable amount 2
 
 Shape letters: T tokens, C columns, K top-k, E experts, L layers, W row width.
 """
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import keys, row_layout
 from sglang_moelb.kernels.keys import KeyRule
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.types import Metric, Preference
 
 TILE_ENTRIES = 1024
@@ -39,6 +40,7 @@ MIN_TILE_EXPERTS = 32  # a warp's worth of bins, below which tl.histogram is not
 AMOUNT_ONE = tl.constexpr(row_layout.AMOUNT_ONE)
 BIN_SHIFT = tl.constexpr(row_layout.BIN_SHIFT)
 FLAG_PROTECTED = tl.constexpr(row_layout.FLAG_PROTECTED)
+FLAG_REFUSED = tl.constexpr(row_layout.FLAG_REFUSED)
 FLAG_VISION = tl.constexpr(row_layout.FLAG_VISION)
 NUM_BINS = tl.constexpr(row_layout.NUM_BINS)
 NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
@@ -48,9 +50,10 @@ H_VISION_TOKENS = tl.constexpr(row_layout.H_VISION_TOKENS)
 H_PROTECTED_TOKENS = tl.constexpr(row_layout.H_PROTECTED_TOKENS)
 H_VISION_AMOUNT = tl.constexpr(row_layout.H_VISION_AMOUNT)
 H_AMOUNT = tl.constexpr(row_layout.H_AMOUNT)
+H_REFUSED_TOKENS = tl.constexpr(row_layout.H_REFUSED_TOKENS)
 C_TEXT_ROWS = tl.constexpr(row_layout.C_TEXT_ROWS)
 C_VISION_ROWS = tl.constexpr(row_layout.C_VISION_ROWS)
-C_PROTECTED_ROWS = tl.constexpr(row_layout.C_PROTECTED_ROWS)
+C_REFUSED_ROWS = tl.constexpr(row_layout.C_REFUSED_ROWS)
 C_PROTECTED_AMOUNT = tl.constexpr(row_layout.C_PROTECTED_AMOUNT)
 C_CUTTABLE_AMOUNT = tl.constexpr(row_layout.C_CUTTABLE_AMOUNT)
 
@@ -120,12 +123,35 @@ def _add(at, values):
 @triton.jit
 def _add_header(row_ptr, counted, vision, protected, amount):
     counted_vision = counted * vision.to(tl.int32)
-    counted_protected = counted * protected.to(tl.int32)
+    num_protected = tl.sum(counted * protected.to(tl.int32))
     tl.atomic_add(row_ptr + H_TOKENS, tl.sum(counted), sem="relaxed")
     tl.atomic_add(row_ptr + H_VISION_TOKENS, tl.sum(counted_vision), sem="relaxed")
-    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, tl.sum(counted_protected), sem="relaxed")
+    tl.atomic_add(row_ptr + H_PROTECTED_TOKENS, num_protected, sem="relaxed")
     tl.atomic_add(row_ptr + H_VISION_AMOUNT, tl.sum(counted_vision * amount), sem="relaxed")
     tl.atomic_add(row_ptr + H_AMOUNT, tl.sum(counted * amount), sem="relaxed")
+    return num_protected
+
+
+@triton.jit
+def _add_refused(
+    row_ptr,
+    ids,
+    counted,
+    refused,
+    routed,
+    NUM_ENTRIES: tl.constexpr,
+    TILE_EXPERTS: tl.constexpr,
+):
+    """Tokens and rows of requests that refuse, of the entries in `routed`."""
+    num_tokens = tl.sum(counted * refused.to(tl.int32))
+    tl.atomic_add(row_ptr + H_REFUSED_TOKENS, num_tokens, sem="relaxed")
+    theirs = routed & refused[:, None]
+    rows = tl.histogram(
+        tl.reshape(tl.where(theirs, ids, 0), [NUM_ENTRIES]),
+        TILE_EXPERTS,
+        mask=tl.reshape(theirs, [NUM_ENTRIES]),
+    )
+    _add(row_ptr + NUM_HEADER + tl.arange(0, TILE_EXPERTS) * NUM_COUNTS + C_REFUSED_ROWS, rows)
 
 
 @triton.jit
@@ -153,13 +179,11 @@ def _add_rows(
     text_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 0, rows, 0), axis=0)
     vision_rows = tl.sum(tl.where(of_class % PROTECTED_CLASS == 1, rows, 0), axis=0)
     free_rows = tl.sum(tl.where(of_class < PROTECTED_CLASS, rows, 0), axis=0)
-    fixed_rows = text_rows + vision_rows - free_rows
     counts_at = row_ptr + NUM_HEADER + tl.arange(0, TILE_EXPERTS) * NUM_COUNTS
     _add(counts_at + C_TEXT_ROWS, text_rows)
     _add(counts_at + C_VISION_ROWS, vision_rows)
-    _add(counts_at + C_PROTECTED_ROWS, fixed_rows)
     if WITH_AMOUNTS:
-        _add(counts_at + C_PROTECTED_AMOUNT, fixed_rows)
+        _add(counts_at + C_PROTECTED_AMOUNT, text_rows + vision_rows - free_rows)
         _add(counts_at + C_CUTTABLE_AMOUNT, free_rows)
 
 
@@ -218,7 +242,7 @@ def _count(
     ids = ids.to(tl.int32)
     routed = column < TOPK
     counted = tl.max(((ids >= 0) & routed).to(tl.int32), axis=1)
-    _add_header(row_ptr, counted, vision, protected, amount)
+    num_protected = _add_header(row_ptr, counted, vision, protected, amount)
 
     valid = (ids >= 0) & (ids < NUM_EXPERTS)
     _add_rows(
@@ -231,6 +255,16 @@ def _count(
         TILE_TOKENS * TILE_COLUMNS,
         TILE_EXPERTS,
     )
+    if num_protected > 0:  # few tiles have such rows, and the others do not pay for them
+        _add_refused(
+            row_ptr,
+            ids,
+            counted,
+            (flags & FLAG_REFUSED) != 0,
+            valid & routed,
+            TILE_TOKENS * TILE_COLUMNS,
+            TILE_EXPERTS,
+        )
     cuttable = valid & (protected == 0)[:, None]
     amounts = tl.zeros([TILE_TOKENS, TILE_COLUMNS], tl.int32) + amount[:, None]
     counts_at = row_ptr + NUM_HEADER + ids * NUM_COUNTS
@@ -287,32 +321,25 @@ def count_experts(
         return row_W, keys_TC
     ids_TC = ids_TC if ids_TC.stride(1) == 1 else ids_TC.contiguous()
     weights_TC = weights_TC if weights_TC.stride(1) == 1 else weights_TC.contiguous()
-    tile_tokens, tile_columns = _tile(num_columns)
-    _count[(triton.cdiv(num_tokens, tile_tokens),)](
-        ids_TC,
-        weights_TC,
-        flags_T,
-        flags_T if amounts_T is None else amounts_T,
-        row_W,
-        row_W if keys_TC is None else keys_TC,
-        num_tokens,
-        0,
-        0,
-        ids_TC.stride(0),
-        weights_TC.stride(0),
-        0 if key_rule is None else int(key_rule.metric),
-        0 if key_rule is None else int(key_rule.preference),
-        0 if key_rule is None else keys.hash_seed(key_rule.seed),
-        0 if key_rule is None else int(key_rule.routed_first),
-        NUM_EXPERTS=num_experts,
-        NUM_COLUMNS=num_columns,
-        TOPK=topk,
-        HAS_AMOUNTS=amounts_T is not None,
-        HAS_KEYS=key_rule is not None,
-        TILE_TOKENS=tile_tokens,
-        TILE_COLUMNS=tile_columns,
-        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
-        num_warps=8,
+    variant = _variant(
+        num_experts,
+        num_columns,
+        topk,
+        has_amounts=amounts_T is not None,
+        has_keys=keys_TC is not None,
+    )
+    _launch(
+        (-(-num_tokens // variant.constants["TILE_TOKENS"]), 1, 1),
+        variant,
+        (
+            ids_TC,
+            weights_TC,
+            flags_T,
+            flags_T if amounts_T is None else amounts_T,
+            row_W,
+            row_W if keys_TC is None else keys_TC,
+        ),
+        (num_tokens, 0, 0, ids_TC.stride(0), weights_TC.stride(0), *_rule_numbers(key_rule)),
     )
     return row_W, keys_TC
 
@@ -329,7 +356,7 @@ def count_layers(
         rows_LW = out_LW.zero_()
     if num_tokens == 0:
         return rows_LW
-    variant = _plain_variant(num_experts, topk)
+    variant = _variant(num_experts, topk, topk, has_amounts=False, has_keys=False)
     _launch(
         (-(-num_tokens // variant.constants["TILE_TOKENS"]), num_layers, 1),
         variant,
@@ -339,27 +366,33 @@ def count_layers(
     return rows_LW
 
 
-_launch = Launcher(_count)
+def _rule_numbers(key_rule: KeyRule | None) -> tuple[int, int, int, int]:
+    if key_rule is None:
+        return 0, 0, 0, 0
+    return (
+        int(key_rule.metric),
+        int(key_rule.preference),
+        keys.hash_seed(key_rule.seed),
+        int(key_rule.routed_first),
+    )
 
 
-@lru_cache(maxsize=64)
-def _plain_variant(num_experts: int, topk: int) -> Variant:
-    """Without amounts, keys or further columns."""
-    tile_tokens, tile_columns = _tile(topk)
-    constants = {
-        "NUM_EXPERTS": num_experts,
-        "NUM_COLUMNS": topk,
-        "TOPK": topk,
-        "HAS_AMOUNTS": False,
-        "HAS_KEYS": False,
-        "TILE_TOKENS": tile_tokens,
-        "TILE_COLUMNS": tile_columns,
-        "TILE_EXPERTS": max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
-    }
-    return Variant(constants, num_warps=8)
-
-
-def _tile(num_columns: int) -> tuple[int, int]:
-    """Tokens and columns of a tile, powers of 2."""
+@lru_cache(maxsize=256)
+def _variant(
+    num_experts: int, num_columns: int, topk: int, *, has_amounts: bool, has_keys: bool
+) -> Variant:
     tile_columns = triton.next_power_of_2(num_columns)
-    return max(1, TILE_ENTRIES // tile_columns), tile_columns
+    return variant_of(
+        num_warps=8,
+        NUM_EXPERTS=num_experts,
+        NUM_COLUMNS=num_columns,
+        TOPK=topk,
+        HAS_AMOUNTS=has_amounts,
+        HAS_KEYS=has_keys,
+        TILE_TOKENS=max(1, TILE_ENTRIES // tile_columns),
+        TILE_COLUMNS=tile_columns,
+        TILE_EXPERTS=max(MIN_TILE_EXPERTS, triton.next_power_of_2(num_experts)),
+    )
+
+
+_launch = Launcher(_count)

@@ -20,6 +20,8 @@ Shape letters: T tokens, C columns, G groups.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
 from sglang_moelb.kernels.cut_tokens import ref
+from sglang_moelb.kernels.launch import Launcher, variant_of
 
 TILE_ENTRIES = 1024
 SCAN_ENTRIES = 8192
@@ -240,36 +243,28 @@ def cut_tokens(
     if ids_TC.numel() == 0:
         return new_ids_TC, new_weights_TC, torch.zeros(8, dtype=torch.int64, device=ids_TC.device)
     stats_8 = torch.empty(8, dtype=torch.int64, device=ids_TC.device)
-    tile = _tile(ids_TC, num_experts)
+    tile = _tile(ids_TC.shape[1], num_experts)
     cuts = (cut_bin_G, cut_quota_G)
     marks = _decide(ids_TC, keys_TC, flags_T, amounts_T, cuts, stats_8, group_size, tile)
-    num_tokens = len(ids_TC)
-    _apply[(triton.cdiv(num_tokens, tile["TILE_TOKENS"]),)](
-        ids_TC,
-        weights_TC,
-        flags_T,
-        *marks,
-        new_ids_TC,
-        new_weights_TC,
-        stats_8,
-        num_tokens,
-        ids_TC.stride(0),
-        weights_TC.stride(0),
-        TOPK=topk,
-        **tile,
+    num_tokens = ids_TC.shape[0]
+    _launch_apply(
+        (-(-num_tokens // tile["TILE_TOKENS"]), 1, 1),
+        variant_of(num_warps=8, TOPK=topk, **tile),
+        (ids_TC, weights_TC, flags_T, *marks, new_ids_TC, new_weights_TC, stats_8),
+        (num_tokens, ids_TC.stride(0), weights_TC.stride(0)),
     )
     return new_ids_TC, new_weights_TC, stats_8
 
 
-def _tile(ids_TC: Tensor, num_experts: int) -> dict[str, int]:
-    """Launch options that `_mark` and `_apply` share."""
-    tile_columns = triton.next_power_of_2(ids_TC.shape[1])
+@lru_cache(maxsize=256)
+def _tile(num_columns: int, num_experts: int) -> dict[str, int]:
+    """Compile-time arguments that `_mark` and `_apply` share."""
+    tile_columns = triton.next_power_of_2(num_columns)
     return {
         "NUM_EXPERTS": num_experts,
-        "NUM_COLUMNS": ids_TC.shape[1],
+        "NUM_COLUMNS": num_columns,
         "TILE_TOKENS": max(1, TILE_ENTRIES // tile_columns),
         "TILE_COLUMNS": tile_columns,
-        "num_warps": 8,
     }
 
 
@@ -293,33 +288,25 @@ def _decide(
     last_mark_G = torch.empty_like(cut_bin_G)
     end_G = torch.empty_like(cut_bin_G, dtype=torch.int64)
     amounts = flags_T if amounts_T is None else amounts_T
-    _mark[(triton.cdiv(num_tokens, tile["TILE_TOKENS"]),)](
-        ids_TC,
-        keys_TC.contiguous(),
-        flags_T,
-        amounts,
-        cut_bin_G,
-        marks_TC,
-        sums,
-        stats_8,
-        num_tokens,
-        ids_TC.stride(0),
-        GROUP_SIZE=group_size,
-        HAS_AMOUNTS=amounts_T is not None,
-        **tile,
+    _launch_mark(
+        (-(-num_tokens // tile["TILE_TOKENS"]), 1, 1),
+        variant_of(num_warps=8, GROUP_SIZE=group_size, HAS_AMOUNTS=amounts_T is not None, **tile),
+        (ids_TC, keys_TC.contiguous(), flags_T, amounts, cut_bin_G, marks_TC, sums, stats_8),
+        (num_tokens, ids_TC.stride(0)),
     )
-    _find[(len(cut_bin_G),)](
-        marks_TC,
-        amounts,
-        sums,
-        cut_bin_G,
-        cut_quota_G,
-        last_mark_G,
-        end_G,
-        num_tokens * num_columns,
+    find = variant_of(
+        num_warps=16,
         NUM_COLUMNS=num_columns,
         HAS_AMOUNTS=amounts_T is not None,
         SCAN_ENTRIES=SCAN_ENTRIES,
-        num_warps=16,
+    )
+    _launch_find(
+        (cut_bin_G.shape[0], 1, 1),
+        find,
+        (marks_TC, amounts, sums, cut_bin_G, cut_quota_G, last_mark_G, end_G),
+        (num_tokens * num_columns,),
     )
     return marks_TC, last_mark_G, end_G
+
+
+_launch_apply, _launch_mark, _launch_find = Launcher(_apply), Launcher(_mark), Launcher(_find)

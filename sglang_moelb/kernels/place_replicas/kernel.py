@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.kernels.place_replicas.ref import NUM_LIMITS, check_place
 
 STEPS_A_CHECK = 4  # whether a limit still runs is a maximum over lanes, as dear as a step
@@ -323,7 +323,7 @@ def _sizes(num_ranks: int, num_experts: int, num_slots: int) -> tuple[Variant, i
         "TILE_SOURCES": max(1, min(tile_ranks, SOURCE_ENTRIES * num_warps // tile_experts)),
         "TILE_WRITE": WRITE_ENTRIES,
     }
-    return Variant(constants, num_warps), list_words + copy_words
+    return variant_of(num_warps, **constants), list_words + copy_words
 
 
 def place_replicas(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.launch import Launcher, variant_of
 from sglang_moelb.kernels.plan_cuts.ref import DIGIT_BITS, check_plan
 
 TILE_ROWS = 64  # histograms of 64 bins that a program has in registers at a time
@@ -102,17 +103,20 @@ def plan_cuts(
     rows_RW = rows_RW if rows_RW.stride(1) == 1 else rows_RW.contiguous()
     cut_bin_G = torch.empty(num_groups, dtype=torch.int32, device=rows_RW.device)
     quota_G = torch.empty_like(cut_bin_G)
-    _plan[(num_groups,)](
-        rows_RW,
-        capacity_G,
-        cut_bin_G,
-        quota_G,
-        rows_RW.stride(0),
-        my_rank,
-        NUM_RANKS=len(rows_RW),
+    variant = variant_of(
+        num_warps=8,
+        NUM_RANKS=rows_RW.shape[0],
         NUM_EXPERTS=num_experts,
         GROUP_SIZE=num_experts // num_groups,
         TILE_ROWS=TILE_ROWS,
-        num_warps=8,
+    )
+    _launch(
+        (num_groups, 1, 1),
+        variant,
+        (rows_RW, capacity_G, cut_bin_G, quota_G),
+        (rows_RW.stride(0), my_rank),
     )
     return cut_bin_G, quota_G
+
+
+_launch = Launcher(_plan)

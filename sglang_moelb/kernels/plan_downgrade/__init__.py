@@ -34,9 +34,11 @@ def plan_downgrade(
       the rank's predicted time in rows, high + low_cost * low, is above mean(L) (ours). So these
       are the fewest that bring it to the mean, or all vision experts if they do not.
 
-    The last two never lower an expert that the first leaves alone. How many tokens a pass must have
-    is asked before. The factors count in millionths; everything is exact integers, so that all
-    ranks, host and device decide alike.
+    On other ranks no form lowers any. Nor is an expert lowered that receives a row of a request
+    that refuses lossy levers, and under Form.RANK none of its rank is (ours): a rank computes all
+    rows of an expert in one precision. Decode rows are rows like others, as in ReaLB. How many
+    tokens a pass must have is asked before. The factors count in millionths; everything is exact
+    integers, so that all ranks, host and device decide alike.
 
     Args:
         counts_RW: int32 rows of `count_experts`, one a rank, with or without histograms. Rows may

@@ -10,6 +10,8 @@ Example: two ranks of two experts, capacity factor 1, vision share 0.5, Form.FEW
 
     low = [0, 1, 0, 0]
 
+Had expert 1 refused rows as well, nothing would be lowered: expert 0 is still not vision.
+
 Shape letters: R ranks, W row width, E experts.
 """
 
@@ -30,6 +32,7 @@ NUM_COUNTS = tl.constexpr(row_layout.NUM_COUNTS)
 NUM_HEADER = tl.constexpr(row_layout.NUM_HEADER)
 C_TEXT_ROWS = tl.constexpr(row_layout.C_TEXT_ROWS)
 C_VISION_ROWS = tl.constexpr(row_layout.C_VISION_ROWS)
+C_REFUSED_ROWS = tl.constexpr(row_layout.C_REFUSED_ROWS)
 ONE = tl.constexpr(ref.ONE)
 RANK = tl.constexpr(int(Form.RANK))
 EXPERTS = tl.constexpr(int(Form.EXPERTS))
@@ -37,9 +40,13 @@ FEWEST = tl.constexpr(int(Form.FEWEST))
 
 
 @triton.jit
-def _load(counts_ptr, row, row_stride, expert, inside):
+def _at(counts_ptr, row, row_stride, expert):
+    return counts_ptr + row.to(tl.int64) * row_stride + NUM_HEADER + expert * NUM_COUNTS
+
+
+@triton.jit
+def _load(at, inside):
     """Text and vision rows as int64."""
-    at = counts_ptr + row.to(tl.int64) * row_stride + NUM_HEADER + expert * NUM_COUNTS
     text = tl.load(at + C_TEXT_ROWS, mask=inside, other=0).to(tl.int64)
     return text, tl.load(at + C_VISION_ROWS, mask=inside, other=0).to(tl.int64)
 
@@ -63,13 +70,8 @@ def _plan(
     parts = tl.zeros([TILE], tl.int64)
     for start in range(0, NUM_RANKS * NUM_EXPERTS, TILE):
         item = start + tl.arange(0, TILE)
-        text, vision = _load(
-            counts_ptr,
-            item // NUM_EXPERTS,
-            row_stride,
-            item % NUM_EXPERTS,
-            item < NUM_RANKS * NUM_EXPERTS,
-        )
+        at = _at(counts_ptr, item // NUM_EXPERTS, row_stride, item % NUM_EXPERTS)
+        text, vision = _load(at, item < NUM_RANKS * NUM_EXPERTS)
         parts += text + vision
     total = tl.sum(parts, axis=0)
 
@@ -77,24 +79,26 @@ def _plan(
     expert = tl.program_id(0) * size + place
     rows_e = tl.zeros([TILE_EXPERTS], tl.int64)
     vision_e = tl.zeros([TILE_EXPERTS], tl.int64)
+    refused_e = tl.zeros([TILE_EXPERTS], tl.int32)
     for start in range(0, NUM_RANKS, TILE_RANKS):
         source = start + tl.arange(0, TILE_RANKS)[:, None]
-        text, vision = _load(
-            counts_ptr,
-            source,
-            row_stride,
-            expert[None, :],
-            (source < NUM_RANKS) & (place < size)[None, :],
-        )
+        at = _at(counts_ptr, source, row_stride, expert[None, :])
+        inside = (source < NUM_RANKS) & (place < size)[None, :]
+        text, vision = _load(at, inside)
+        refused = tl.load(at + C_REFUSED_ROWS, mask=inside, other=0)
         rows_e += tl.sum(text + vision, axis=0)
         vision_e += tl.sum(vision, axis=0)
+        refused_e += tl.sum((refused != 0).to(tl.int32), axis=0)
     load = tl.sum(rows_e, axis=0)
     vision_load = tl.sum(vision_e, axis=0)
 
     is_hot = load * NUM_RANKS * ONE > capacity.to(tl.int64) * total
     is_vision = vision_load * ONE > share.to(tl.int64) * tl.maximum(load, 1)
     low = (place < size) & is_hot & is_vision
-    if FORM != RANK:
+    if FORM == RANK:
+        low = low & (tl.sum(refused_e, axis=0) == 0)
+    else:
+        low = low & (refused_e == 0)
         low = low & (vision_e * ONE > share.to(tl.int64) * tl.maximum(rows_e, 1))
     if FORM == EXPERTS:
         low = low & (rows_e * NUM_EXPERTS * ONE > capacity.to(tl.int64) * total)

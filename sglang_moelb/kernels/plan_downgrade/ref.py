@@ -32,12 +32,15 @@ def plan_downgrade(
     counts_E5 = layout.counts_of(counts_RW, num_experts).long().sum(dim=0)
     vision_RS = counts_E5[:, layout.C_VISION_ROWS].view(num_ranks, -1)
     rows_RS = counts_E5[:, layout.C_TEXT_ROWS].view(num_ranks, -1) + vision_RS
+    free_RS = counts_E5[:, layout.C_REFUSED_ROWS].view(num_ranks, -1) == 0
     load_R1, total = rows_RS.sum(dim=1, keepdim=True), rows_RS.sum()
 
     hot_R1 = load_R1 * num_ranks * ONE > capacity * total
     vision_R1 = vision_RS.sum(dim=1, keepdim=True) * ONE > share * load_R1.clamp(min=1)
-    low_RS = (hot_R1 & vision_R1).expand(rows_RS.shape)
-    if form != Form.RANK:
+    if form == Form.RANK:
+        low_RS = (hot_R1 & vision_R1 & free_RS.all(dim=1, keepdim=True)).expand(rows_RS.shape)
+    else:
+        low_RS = hot_R1 & vision_R1 & free_RS
         low_RS = low_RS & (vision_RS * ONE > share * rows_RS.clamp(min=1))
     if form == Form.EXPERTS:
         low_RS = low_RS & (rows_RS * num_experts * ONE > capacity * total)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.kernels.pull_experts.ref import check_pull
 
 CHUNK_WORDS = 16384  # 64 KiB a program in flight: 16 programs fill the NVLink of an H100
@@ -101,33 +100,18 @@ def _look(
         for experts_R in experts_PR
     ]
     num_ranks, num_slots = slots_RS.shape
-    constants = (
-        my_rank,
-        num_ranks,
-        num_slots,
-        experts_PR[0][0].shape[0],
-        words_P[0],
-        words_P[1] if len(words_P) > 1 else 0,
+    variant = variant_of(
+        num_warps=16,
+        MY_RANK=my_rank,
+        NUM_RANKS=num_ranks,
+        NUM_SLOTS=num_slots,
+        NUM_LOCAL=experts_PR[0][0].shape[0],
+        WORDS_0=words_P[0],
+        WORDS_1=words_P[1] if len(words_P) > 1 else 0,
+        TILE_SLOTS=triton.next_power_of_2(num_slots),
+        CHUNK=CHUNK_WORDS,
     )
-    table = torch.tensor(addresses, dtype=torch.int64, device=slots_RS.device)
-    return _Known(table, _variant(*constants))
-
-
-@lru_cache(maxsize=1024)
-def _variant(
-    my_rank: int, num_ranks: int, num_slots: int, num_local: int, words_0: int, words_1: int
-) -> Variant:
-    constants = {
-        "MY_RANK": my_rank,
-        "NUM_RANKS": num_ranks,
-        "NUM_SLOTS": num_slots,
-        "NUM_LOCAL": num_local,
-        "WORDS_0": words_0,
-        "WORDS_1": words_1,
-        "TILE_SLOTS": triton.next_power_of_2(num_slots),
-        "CHUNK": CHUNK_WORDS,
-    }
-    return Variant(constants, num_warps=16)
+    return _Known(torch.tensor(addresses, dtype=torch.int64, device=slots_RS.device), variant)
 
 
 def pull_experts(

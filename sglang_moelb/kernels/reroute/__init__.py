@@ -9,6 +9,7 @@ Shape letters: T tokens, K top-k, R ranks, W row width, E logical experts, S slo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sglang_moelb.kernels.reroute import ref
@@ -17,7 +18,13 @@ __all__ = ["reroute"]
 
 
 def reroute(
-    ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, *, my_rank: int
+    ids_TK: Tensor,
+    rows_RW: Tensor,
+    slots_RS: Tensor,
+    quota_ER: Tensor,
+    *,
+    my_rank: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Send each row of this rank to a copy of its expert, so that the quotas are met exactly.
 
@@ -34,9 +41,10 @@ def reroute(
         rows_RW: int32 rows of `count_experts` of all ranks; the row `my_rank` counts these ids.
         slots_RS, quota_ER: int32, the plan of `place_replicas` for these rows.
         my_rank: the source rank.
+        dtype: of the result, int64 or int32; that of the ids by default.
 
     Returns:
-        physical ids, like ids_TK. Exact, equal on host and device; no sync, two launches.
+        physical ids, shaped like ids_TK. Exact, equal on host and device; no sync, two launches.
 
     Raises:
         ValueError: shapes that do not belong together, or my_rank is none of the ranks.
@@ -45,5 +53,5 @@ def reroute(
         # Imported late, because a host without a CUDA device may lack Triton.
         from sglang_moelb.kernels.reroute import kernel
 
-        return kernel.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=my_rank)
-    return ref.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=my_rank)
+        return kernel.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=my_rank, dtype=dtype)
+    return ref.reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank=my_rank, dtype=dtype)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
-from sglang_moelb.kernels.launch import Launcher, Variant
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.kernels.reroute.ref import check_reroute
 
 DEAL_ENTRIES = 2048
@@ -214,6 +214,7 @@ def _apply(
     TILE_PLAN: tl.constexpr,
 ):
     ends_ptr, physical_ptr, counts_ptr = _parts(scratch_ptr, NUM_EXPERTS * TILE_RANKS)
+    id_type: tl.constexpr = out_ptr.dtype.element_ty
     tile = tl.program_id(0)
     copies = True
     if TILE_PLAN > 0:
@@ -244,12 +245,12 @@ def _apply(
         token = tile.to(tl.int64) * TILE_TOKENS + place // TILE_TOPK
         column = place % TILE_TOPK
         inside = (token < num_tokens) & (column < TOPK)
-        tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
+        tl.store(out_ptr + token * TOPK + column, physical.to(id_type), mask=inside)
     else:
         num_local: tl.constexpr = NUM_EXPERTS // NUM_RANKS
         physical = expert + (expert // num_local) * NUM_SLOTS
         physical = tl.where(expert < NUM_EXPERTS, physical, -1)
-        tl.store(out_ptr + token * TOPK + column, physical.to(ids.dtype), mask=inside)
+        tl.store(out_ptr + token * TOPK + column, physical.to(id_type), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +291,8 @@ def _sizes(topk: int, num_ranks: int, num_experts: int, num_slots: int, *, many:
         "ENTRY_BITS": (tile_tokens * tile_topk).bit_length() - 1,
     }
     return _Sizes(
-        prepare=Variant(common | {"TILE_DEAL": tile_deal}, num_warps=4),
-        apply=Variant(common | of_apply, num_warps=8),
+        prepare=variant_of(num_warps=4, **common, TILE_DEAL=tile_deal),
+        apply=variant_of(num_warps=8, **common, **of_apply),
         tile_tokens=tile_tokens,
         num_deals=-(-num_experts // tile_deal),
         words_of_deal=2 * num_experts * tile_ranks,
@@ -300,12 +301,18 @@ def _sizes(topk: int, num_ranks: int, num_experts: int, num_slots: int, *, many:
 
 
 def reroute(
-    ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, *, my_rank: int
+    ids_TK: Tensor,
+    rows_RW: Tensor,
+    slots_RS: Tensor,
+    quota_ER: Tensor,
+    *,
+    my_rank: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `sglang_moelb.kernels.reroute`. Runs on the device of its tensors, no sync."""
     check_reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank)
     num_tokens, topk = ids_TK.shape
-    out_TK = torch.empty_like(ids_TK, memory_format=torch.contiguous_format)
+    out_TK = torch.empty_like(ids_TK, dtype=dtype, memory_format=torch.contiguous_format)
     if num_tokens == 0:
         return out_TK
     ids_TK = ids_TK if ids_TK.stride(1) == 1 else ids_TK.contiguous()

@@ -10,7 +10,13 @@ from sglang_moelb.kernels.place_replicas.ref import routed_rows
 
 
 def reroute(
-    ids_TK: Tensor, rows_RW: Tensor, slots_RS: Tensor, quota_ER: Tensor, *, my_rank: int
+    ids_TK: Tensor,
+    rows_RW: Tensor,
+    slots_RS: Tensor,
+    quota_ER: Tensor,
+    *,
+    my_rank: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See `sglang_moelb.kernels.reroute`. Runs wherever its tensors are."""
     check_reroute(ids_TK, rows_RW, slots_RS, quota_ER, my_rank)
@@ -20,10 +26,12 @@ def reroute(
     end_ER = _ends(routed_rows(rows_RW, num_experts), quota_ER.long(), my_rank)
     rank_N = (_positions(expert_N, num_experts)[:, None] >= end_ER[expert_N]).sum(dim=1)
     place_ER = _places(slots_RS, num_experts)
-    physical_TK = torch.full_like(ids_TK, -1, memory_format=torch.contiguous_format)
+    physical_TK = torch.full_like(
+        ids_TK, -1, dtype=dtype, memory_format=torch.contiguous_format
+    )
     num_places = num_experts // len(slots_RS) + slots_RS.shape[1]
     physical_N = rank_N * num_places + place_ER[expert_N, rank_N]
-    physical_TK[is_routed_TK] = physical_N.to(ids_TK.dtype)
+    physical_TK[is_routed_TK] = physical_N.to(physical_TK.dtype)
     return physical_TK
 
 

@@ -1,0 +1,161 @@
+"""Which resident replica is to move next: from the passes of a sliding window, one slot at a time.
+
+Pure. A layer a prefill pass, in turn:
+
+1. Every other pass of the window places: replicas as `place_resident` makes them for ranks (R&Q's
+   slots, our aim), as if all slots were free.
+2. The passes between them judge: how many rows fewer the busiest rank would have than with the
+   replicas that are there. What is only noise of the first half does not show in the second.
+3. Below `resident.min_gain` nothing moves, and a layer that has moved rests for a window.
+4. Else the slots that differ move one after another. One that fails ends its layer's plan.
+
+Rows of an expert are taken to be split evenly between its copies. Any expert may gain a replica:
+that of a high original is quantised from it, that of a low one is a copy of its bytes.
+
+Shape letters: P passes of the window, L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from sglang_moelb.config import ResidentConfig
+from sglang_moelb.controller.moves import (
+    EMPTY,
+    Held,
+    Move,
+    Moved,
+    held_by,
+    replicas_in,
+    steps_between,
+    with_slot,
+)
+from sglang_moelb.controller.place_resident import replicas_for
+from sglang_moelb.controller.resident_load import rank_rows
+from sglang_moelb.placement import LayerPlacement, num_slots_of
+from sglang_moelb.types import IntArray, Topology
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What a layer's plan is to bring: rows of the busiest rank, of the passes that judged it."""
+
+    layer: int
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """Share of the busiest rank's rows that go."""
+        return 1 - self.after / self.before
+
+
+class Recalibration:
+    """Follows the replicas that there are and says what is to move; not thread-safe."""
+
+    def __init__(
+        self, config: ResidentConfig, layers: tuple[LayerPlacement, ...], topology: Topology
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self._num_slots = num_slots_of(layers, topology.num_ranks)
+        self._held: list[Held] = [held_by(one, topology, self._num_slots) for one in layers]
+        self._window: deque[IntArray] = deque(maxlen=config.window_passes)
+        self._rest = [0] * topology.num_layers  # passes until a layer is looked at again
+        self._next_layer = 0
+        self._plan: list[tuple[int, int, int]] = []
+        self._change: Change | None = None
+        self._move: Move | None = None
+        self._is_pending = False
+        self.layers = layers  # as they are now; another object after each change
+        self.reason = "no passes yet"
+
+    @property
+    def word(self) -> int:
+        """The newest move for the policy (`Move.word`); 0 before the first."""
+        return self._move.word() if self._move else 0
+
+    def reconfigure(self, config: ResidentConfig) -> None:
+        """Take other knobs; the newest passes are kept."""
+        if config.window_passes != self._config.window_passes:
+            self._window = deque(self._window, maxlen=config.window_passes)
+        self._config = config
+
+    def step(self, rows_LE: IntArray, moved: Moved | None) -> None:
+        """Take in a prefill pass: its rows by logical expert, and how far the last move is."""
+        self._window.append(rows_LE)
+        self._rest = [max(rest - 1, 0) for rest in self._rest]
+        if self._is_pending and moved and moved.word == self.word:
+            self._settle(moved)
+        if self._is_pending:
+            return
+        if not self._plan:
+            self._look()
+        if self._plan:
+            self._issue()
+
+    def _settle(self, moved: Moved) -> None:
+        assert self._move is not None
+        move, self._is_pending = self._move, False
+        layer = move.layer
+        self._held[layer] = with_slot(self._held[layer], move.rank, move.slot, moved.held)
+        replicas = replicas_in(self._held[layer])
+        changed = msgspec.structs.replace(self.layers[layer], replicas=replicas)
+        self.layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
+        self._rest[layer] = self._config.window_passes
+        if moved.held != move.expert:
+            self._plan = []
+            self.reason = f"layer {layer}: the move of expert {move.expert} failed its value check"
+        elif not self._plan:
+            self.reason = f"layer {layer} has moved; {self.reason}"
+
+    def _look(self) -> None:
+        """Judge the next layer, and plan its moves where they pay."""
+        window_passes = self._config.window_passes
+        if len(self._window) < window_passes:
+            self.reason = f"{len(self._window)} of {window_passes} prefill passes seen"
+            return
+        if not self._config.move_ms:
+            self.reason = "resident.move_ms is 0: nothing moves"
+            return
+        layer = self._next_layer
+        self._next_layer = (layer + 1) % self._topology.num_layers
+        if self._rest[layer]:
+            return
+        rows_PE = np.stack([rows_LE[layer] for rows_LE in self._window])
+        places_E, judges_E = rows_PE[0::2].sum(axis=0), rows_PE[1::2].sum(axis=0)
+        wanted = replicas_for(places_E, self._topology, self._num_slots, "ranks")
+        before = self._busiest(judges_E, self.layers[layer])
+        after = self._busiest(judges_E, LayerPlacement(replicas=tuple(wanted)))
+        if before <= 0:
+            return
+        change = Change(layer=layer, before=before, after=after)
+        if change.gain < self._config.min_gain:
+            self.reason = f"no layer's busiest rank would lose {self._config.min_gain:.1%} of rows"
+            return
+        self._plan = steps_between(self._held[layer], wanted)
+        self._change = change
+
+    def _busiest(self, rows_E: IntArray, layer: LayerPlacement) -> float:
+        return float(rank_rows(rows_E[None, None], (layer,), self._topology).max())
+
+    def _issue(self) -> None:
+        """Make the next step of the plan the newest move."""
+        change = self._change
+        assert change is not None
+        rank, slot, expert = self._plan.pop(0)
+        number = self._move.number + 1 if self._move else 1
+        layer = change.layer
+        self._move = Move(number=number, layer=layer, rank=rank, slot=slot, expert=expert)
+        self._is_pending = True
+        old = self._held[layer][rank][slot]
+        what = f"expert {expert}" if expert != EMPTY else "nothing"
+        instead = f" instead of expert {old}" if old != EMPTY else ""
+        self.reason = (
+            f"layer {layer}: {what}{instead} in slot {slot} of rank {rank}; with this layer's "
+            f"plan its busiest rank has {change.gain:.1%} fewer rows"
+        )

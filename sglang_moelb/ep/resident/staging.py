@@ -1,0 +1,67 @@
+"""One expert in fp8 on its way to a slot: as one run of bytes, so that any part of it can be sent.
+
+Shape letters: none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_moelb.ep.low.fp8 import Fp8Weights
+from sglang_moelb.ep.resident.weights import NAMES, StoredLayer, only, quantise, tensors_of
+from sglang_moelb.placement import LayerLayout
+
+ALIGNMENT = 16  # bytes; of float32 views, and of the checksum's words
+
+
+class Staging:
+    """Room for one expert like those of `low`; the gaps between its tensors stay zero."""
+
+    def __init__(self, low: Fp8Weights) -> None:
+        like = [tensor[:1] for tensor in tensors_of(low)]
+        starts, total = [], 0
+        for tensor in like:
+            starts.append(total)
+            total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.bytes = torch.zeros(total, dtype=torch.uint8, device=low.w13.device)
+        self.weights = Fp8Weights(
+            **{
+                name: self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view_as(tensor)
+                for name, start, tensor in zip(NAMES, starts, like, strict=True)
+            }
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the run."""
+        return self.bytes.numel()
+
+
+def prepare(
+    staging: Staging, layer: Any, stored: StoredLayer, layout: LayerLayout, rank: int, expert: int
+) -> None:
+    """Write the fp8 bytes of `expert`, whose original is on this `rank`, to `staging`."""
+    if expert in layout.high[rank]:
+        quantise(layer, layout.high[rank].index(expert), staging.weights)
+        return
+    assert stored.low is not None
+    copy_expert(staging.weights, only(stored.low, layout.low[rank].index(expert)))
+
+
+def copy_expert(into: Fp8Weights, source: Fp8Weights) -> None:
+    """Copy one expert's bytes, on the current stream."""
+    for to, tensor in zip(tensors_of(into), tensors_of(source), strict=True):
+        to.view(torch.uint8).copy_(tensor.view(torch.uint8))
+
+
+def checksum(run: torch.Tensor) -> torch.Tensor:
+    """A sum over a run of bytes, int64 without dimensions, where it is; no sync.
+
+    Eight bytes a word, each times an odd weight of its own, modulo 2^64. So a change of one word is
+    always found, and words that changed places are, but for chance. Ours.
+    """
+    words = run.view(torch.int64)
+    weights = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int64, device=run.device)
+    return (words * weights).sum()
