@@ -85,6 +85,7 @@ def passes(drawn: list[IntArray]) -> Counts:
         rows_PLEM=rows_PLSEM.sum(axis=2),
         num_tokens_PS=np.full((len(drawn), num_ranks), NUM_TOKENS),
         num_protected_P=np.zeros(len(drawn), dtype=np.int64),
+        num_refused_P=np.zeros(len(drawn), dtype=np.int64),
         num_ranks=num_ranks,
         topk=TOPK,
     )

@@ -125,6 +125,7 @@ class Recalibration:
         layer = self._next_layer
         self._next_layer = (layer + 1) % self._topology.num_layers
         if self._rest[layer]:
+            self.reason = f"layer {layer} moved not long ago"
             return
         rows_PE = np.stack([rows_LE[layer] for rows_LE in self._window])
         places_E, judges_E = rows_PE[0::2].sum(axis=0), rows_PE[1::2].sum(axis=0)
@@ -132,10 +133,12 @@ class Recalibration:
         before = self._busiest(judges_E, self.layers[layer])
         after = self._busiest(judges_E, LayerPlacement(replicas=tuple(wanted)))
         if before <= 0:
+            self.reason = f"layer {layer} has no rows"
             return
         change = Change(layer=layer, before=before, after=after)
         if change.gain < self._config.min_gain:
-            self.reason = f"no layer's busiest rank would lose {self._config.min_gain:.1%} of rows"
+            least = f"{self._config.min_gain:.1%}"
+            self.reason = f"layer {layer}'s busiest rank would lose less than {least} of its rows"
             return
         self._plan = steps_between(self._held[layer], wanted)
         self._change = change

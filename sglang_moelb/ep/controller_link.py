@@ -143,7 +143,7 @@ class ControllerLink:
     def reconfigure(self, config: Config) -> None:
         """Change the configuration while running; takes effect with the next policy."""
         self._config = config
-        self._policy = in_mode(config.mode, self._policy)
+        self._policy = in_mode(config.mode, replace(self._policy, move_ms=config.resident.move_ms))
         self.on_config(config)
         self._outbox.append(encode(NewConfig(config=config)))
         self._take_turn(self._tell)

@@ -112,13 +112,22 @@ def requests_of(batch: object, num_tokens_of_request: list[int]) -> Requests:
     if mode.is_idle():
         return Requests(runs=(), phase="idle")
     requests = batch.reqs  # type: ignore[attr-defined]
-    refused = [refuses(request.sampling_params.custom_params) for request in requests]
+    # Every step of decode comes here, where hardly any request has parameters of its own.
+    given = [(one, one.sampling_params.custom_params) for one in requests]
+    refused = {id(one) for one, custom_params in given if custom_params and refuses(custom_params)}
     phase = "decode" if mode.is_decode() else "prefill"
-    if phase == "decode" and not any(refused):
+    if phase == "decode" and not refused:
         return Requests(runs=((sum(num_tokens_of_request), DECODES),), phase=phase)
     decoding = {id(request) for request in (batch.decoding_reqs or ())}  # type: ignore[attr-defined]
     runs = tuple(
-        (num, REFUSES if refuse else DECODES if phase == "decode" or id(one) in decoding else PLAIN)
-        for one, num, refuse in zip(requests, num_tokens_of_request, refused, strict=True)
+        (
+            num,
+            REFUSES
+            if id(one) in refused
+            else DECODES
+            if phase == "decode" or id(one) in decoding
+            else PLAIN,
+        )
+        for one, num in zip(requests, num_tokens_of_request, strict=True)
     )
     return Requests(runs=runs, phase=phase)

@@ -153,7 +153,7 @@ class Auto:
             num_tokens_R=tokens_R,
             num_vision_tokens_R=np.zeros(num_ranks, dtype=np.int64),
             num_protected_tokens_R=_dealt(int(counts.num_protected_P[0]), num_ranks),
-            num_refused_tokens_R=np.zeros(num_ranks, dtype=np.int64),
+            num_refused_tokens_R=_dealt(int(counts.num_refused_P[0]), num_ranks),
             rows_LEM=counts.rows_PLEM[0],
             rows_after_LR=rows_LR,
             routed_mass=routed_mass,

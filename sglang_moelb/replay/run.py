@@ -127,6 +127,7 @@ def _counts(passes: Sequence[TracedPass], topology: Topology) -> Counts:
         rows_PLEM=np.stack([one.record.rows_LEM for one in passes]),
         num_tokens_PS=np.stack([one.record.num_tokens_R for one in passes]),
         num_protected_P=np.array([one.record.num_protected_tokens_R.sum() for one in passes]),
+        num_refused_P=np.array([one.record.num_refused_tokens_R.sum() for one in passes]),
         num_ranks=topology.num_ranks,
         topk=topology.topk,
     )

@@ -28,6 +28,7 @@ class Counts:
     rows_PLEM: IntArray
     num_tokens_PS: IntArray
     num_protected_P: IntArray
+    num_refused_P: IntArray
     num_ranks: int
     topk: int
 
@@ -52,6 +53,7 @@ class Counts:
             rows_PLEM=self.rows_PLEM[one],
             num_tokens_PS=self.num_tokens_PS[one],
             num_protected_P=self.num_protected_P[one],
+            num_refused_P=self.num_refused_P[one],
         )
 
     @property

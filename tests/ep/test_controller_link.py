@@ -269,6 +269,13 @@ def test_reconfiguring_publishes_a_policy_of_a_new_epoch(world: World) -> None:
     assert world.link.policy().epoch == epoch + 2
 
 
+def test_moves_of_replicas_are_stopped_also_while_nobody_controls(world: World) -> None:
+    assert world.link.policy().move_ms == SETTINGS.resident.move_ms > 0
+    world.signal(signal.SIGSTOP)
+    world.link.reconfigure(merge(SETTINGS, {"resident": {"move_ms": 0}}))
+    assert world.link.policy().move_ms == 0
+
+
 def test_the_serving_thread_never_waits_and_pending_passes_are_bounded(world: World) -> None:
     num_slots = SharedCounts.create(TOPOLOGY).num_slots
     world.signal(signal.SIGSTOP)

@@ -57,6 +57,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
     server_args = SimpleNamespace(
         deepep_mode="normal", enable_memory_saver=False, cpu_offload_gb=0,
         expert_distribution_recorder_mode=None, enable_single_batch_overlap=False,
+        disaggregation_mode="null",
     )  # fmt: skip
     monkeypatch.setattr(attach.low, "expert_layers", lambda model: layers)
     monkeypatch.setattr(attach, "_same_placement", lambda path, group: load(Path(path)))
@@ -209,6 +210,14 @@ def test_moves_without_a_slot_are_refused_by_name(start: Callable[..., Any]) -> 
     bare = LayerPlacement(low_experts=(1, 4))
     with pytest.raises(SystemExit, match=r"resident\.recalibrate True: the file has no replicas"):
         start(placement((bare, bare)), recalibrate=True)
+
+
+def test_moves_in_the_decode_role_are_refused_by_name(start: Callable[..., Any]) -> None:
+    def decodes(server_args: Any, layers: list[Any]) -> None:
+        server_args.disaggregation_mode = "decode"
+
+    with pytest.raises(SystemExit, match=r"resident\.recalibrate True: .* the decode role"):
+        start(placement(), spoil=decodes, recalibrate=True)
 
 
 def test_without_a_file_nothing_is_stored() -> None:

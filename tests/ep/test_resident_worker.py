@@ -50,7 +50,8 @@ def record(raw: RawPass, *args: Any) -> StepRecord:
     return StepRecord(
         step=raw.step, policy=raw.agreed.policy, phase="prefill", gate_reason="", rank=0,
         num_tokens_R=zeros_R + 500, num_vision_tokens_R=zeros_R, num_protected_tokens_R=zeros_R,
-        num_refused_tokens_R=zeros_R, rows_LEM=rows_LEM, rows_after_LR=rows_LEM.sum(axis=2).reshape(2, 2, -1).sum(axis=2),
+        num_refused_tokens_R=zeros_R, rows_LEM=rows_LEM,
+        rows_after_LR=rows_LEM.sum(axis=2).reshape(2, 2, -1).sum(axis=2),
         routed_mass=1.0, lost_mass=0.0, moved_mass=0.0, num_dropped_rows=0, num_added_rows=0,
         experts_ms_L=zeros_L, layer_ms_L=zeros_L, balance_ms=0.1, step_ms=10.0,
     )  # fmt: skip

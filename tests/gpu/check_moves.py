@@ -76,7 +76,7 @@ class Passes:
 
     def run(self, word: int) -> None:
         """One pass."""
-        sizes = Sizes(num_tokens=1, num_prefill_tokens=1, num_protected_tokens=0, phase="prefill")
+        sizes = Sizes(num_tokens=1, num_prefill_tokens=1, phase="prefill")
         self._agreement.start(Policy(epoch=1, move=word, move_ms=MOVE_MS), sizes)
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()

@@ -187,6 +187,7 @@ def test_a_capacity_of_each_source_is_enforced_there() -> None:
         rows_PLEM=np.array([[[[9, 0], [11, 0]]]]),
         num_tokens_PS=np.array([[5, 5]]),
         num_protected_P=np.zeros(1, dtype=np.int64),
+        num_refused_P=np.zeros(1, dtype=np.int64),
         num_ranks=2,
         topk=2,
     )

@@ -37,6 +37,7 @@ def counts(
         rows_PLEM=by_source.sum(axis=2),
         num_tokens_PS=np.full((len(rows), num_sources), num_tokens),
         num_protected_P=np.full(len(rows), protected),
+        num_refused_P=np.full(len(rows), protected),
         num_ranks=num_ranks,
         topk=topk,
     )

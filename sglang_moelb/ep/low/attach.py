@@ -163,7 +163,7 @@ def _activation_refusal(name: str, layer: Any) -> tuple[str, str] | None:
     if found:
         return (
             f"experts with {found}",
-            f"downgrade.format {name} emulates silu(gate) * up without more; use fp8",
+            f"downgrade.format {name} emulates silu(gate) * up without more; use auto",
         )
     return None
 

@@ -70,7 +70,7 @@ def attach_resident(
         or low.refusal_of("fp8", layers, prefills_only=False)
         or _dtype_refusal(placement, layers[0])
         or _places_refusal(topology.experts_per_rank + num_slots)
-        or _moves_refusal(config, num_slots)
+        or _moves_refusal(config, num_slots, model_runner.server_args)
     )
     if refusal:
         what, why = refusal
@@ -240,14 +240,20 @@ def _places_refusal(num_places: int) -> tuple[str, str] | None:
     )
 
 
-def _moves_refusal(config: Config, num_slots: int) -> tuple[str, str] | None:
-    if num_slots or not config.resident.recalibrate:
+def _moves_refusal(
+    config: Config, num_slots: int, server_args: Any
+) -> tuple[str, str] | None:
+    if not config.resident.recalibrate:
         return None
-    return (
-        "resident.recalibrate True",
-        "the file has no replicas, so there is no slot to move one to; leave it out, or calibrate "
-        "with --slots 1 or more",
-    )
+    why = None
+    if not num_slots:
+        why = (
+            "the file has no replicas, so there is no slot to move one to; leave it out, or "
+            "calibrate with --slots 1 or more"
+        )
+    elif server_args.disaggregation_mode == "decode":
+        why = "moves follow the load of prefills, which the decode role has none of; leave it out"
+    return ("resident.recalibrate True", why) if why else None
 
 
 def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:

@@ -14,6 +14,7 @@ from sglang_moelb.ep.resident.weights import NAMES, StoredLayer, only, quantise,
 from sglang_moelb.placement import LayerLayout
 
 ALIGNMENT = 16  # bytes; of float32 views, and of the checksum's words
+SUMMED_WORDS = 1 << 17  # at a time: twice 1 MiB of memory beside the run, however long it is
 
 
 class Staging:
@@ -63,5 +64,9 @@ def checksum(run: torch.Tensor) -> torch.Tensor:
     always found, and words that changed places are, but for chance. Ours.
     """
     words = run.view(torch.int64)
-    weights = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int64, device=run.device)
-    return (words * weights).sum()
+    total = torch.zeros((), dtype=torch.int64, device=run.device)
+    for start in range(0, words.numel(), SUMMED_WORDS):
+        part = words[start : start + SUMMED_WORDS]
+        first, end = 2 * start + 1, 2 * (start + part.numel())
+        total += torch.arange(first, end, 2, dtype=torch.int64, device=run.device).mul_(part).sum()
+    return total
