@@ -155,7 +155,7 @@ def test_only_emulation_refuses_experts_that_it_would_compute_wrongly(
     refusal = refusal_of("nvfp4-emulated", layers)
     assert refusal
     assert field in refusal[0]
-    assert "use fp8" in refusal[1]
+    assert "use auto" in refusal[1]
 
 
 def test_mode_downgrade_without_slots_is_refused(layers: list[Any]) -> None:
