@@ -32,8 +32,8 @@ from sglang_moelb.controller.moves import EMPTY, Move, Moved, held_by, move_of, 
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.resident.experts import ResidentExperts
-from sglang_moelb.ep.resident.staging import Staging, checksum, copy_expert, prepare
-from sglang_moelb.ep.resident.weights import StoredLayer, only, quantise
+from sglang_moelb.ep.resident.staging import Staging, checksum, prepare
+from sglang_moelb.ep.resident.weights import StoredLayer, copy_expert, only, quantise
 from sglang_moelb.placement import LayerLayout, LayerPlacement
 from sglang_moelb.types import Topology
 

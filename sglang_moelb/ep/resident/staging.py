@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.low.fp8 import Fp8Weights
-from sglang_moelb.ep.resident.weights import NAMES, StoredLayer, only, quantise, tensors_of
+from sglang_moelb.ep.resident.weights import (
+    NAMES,
+    StoredLayer,
+    copy_expert,
+    only,
+    quantise,
+    tensors_of,
+)
 from sglang_moelb.placement import LayerLayout
 
 ALIGNMENT = 16  # bytes; of float32 views, and of the checksum's words
@@ -49,12 +56,6 @@ def prepare(
         return
     assert stored.low is not None
     copy_expert(staging.weights, only(stored.low, layout.low[rank].index(expert)))
-
-
-def copy_expert(into: Fp8Weights, source: Fp8Weights) -> None:
-    """Copy one expert's bytes, on the current stream."""
-    for to, tensor in zip(tensors_of(into), tensors_of(source), strict=True):
-        to.view(torch.uint8).copy_(tensor.view(torch.uint8))
 
 
 def checksum(run: torch.Tensor) -> torch.Tensor:

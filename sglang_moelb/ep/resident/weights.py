@@ -88,8 +88,7 @@ def _take_replicas(
         if expert in layout.replicas[rank]:
             assert low is not None
             place = first_place + layout.replicas[rank].index(expert)
-            for to, tensor in zip(tensors_of(only(low, place)), tensors_of(sent), strict=True):
-                to.view(torch.uint8).copy_(tensor.view(torch.uint8))
+            copy_expert(only(low, place), sent)
 
 
 def _empty(layer: Any, num_experts: int) -> Fp8Weights:
@@ -110,6 +109,12 @@ def only(weights: Fp8Weights, place: int) -> Fp8Weights:
     """One place of `weights`, the same memory."""
     part = slice(place, place + 1)
     return Fp8Weights(**{name: getattr(weights, name)[part] for name in NAMES})
+
+
+def copy_expert(into: Fp8Weights, source: Fp8Weights) -> None:
+    """Copy one expert's bytes, on the current stream."""
+    for to, tensor in zip(tensors_of(into), tensors_of(source), strict=True):
+        to.view(torch.uint8).copy_(tensor.view(torch.uint8))
 
 
 def tensors_of(weights: Fp8Weights) -> list[torch.Tensor]:
