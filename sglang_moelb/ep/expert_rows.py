@@ -18,6 +18,11 @@ def in_dtype(combine_input: Any, dtype: torch.dtype) -> Any:
     return combine_input._replace(hidden_states=combine_input.hidden_states.to(dtype))
 
 
+def in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
+    """On a GPU the tensor itself, as others are refused at start; the host serves float32 too."""
+    return tensor.to(torch.bfloat16)
+
+
 def dispose(rows_NH: torch.Tensor) -> None:
     """Free received rows, as SGLang's runner does once it has scattered them."""
     if rows_NH.is_cuda:

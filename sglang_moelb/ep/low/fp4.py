@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own spelling
 
+from sglang_moelb.ep.expert_rows import in_bfloat16
 from sglang_moelb.kernels.block_format import (
     BlockFormat,
     BlockScaled,
@@ -74,12 +75,12 @@ class EmulatedFp4:
         for slot, globals_e in zip(slots, self._globals[id(layer)], strict=True):
             if slot.globals is not None and globals_e is not None:
                 slot.globals.copy_(globals_e)
-        weights = (_bfloat16(layer.w13_weight.data), _bfloat16(layer.w2_weight.data))
+        weights = (in_bfloat16(layer.w13_weight.data), in_bfloat16(layer.w2_weight.data))
         convert_fp4(weights, wanted_e, slots, num_programs=num_programs or 0)
 
     def quantised(self, dispatch_output: Any) -> Any:
         """See `LowFormat`: rows as `BlockScaled`, which a row's selections share."""
-        rows = _bfloat16(dispatch_output.hidden_states)
+        rows = in_bfloat16(dispatch_output.hidden_states)
         return dispatch_output._replace(
             hidden_states=quantise_rows_fp4(rows, block_format=self._rows)
         )
@@ -122,7 +123,7 @@ class EmulatedFp4:
         if not self._weights.has_global:
             return None, None
         w13, w2 = (
-            torch.cat([global_scales(_bfloat16(part[None])) for part in weight.data])
+            torch.cat([global_scales(in_bfloat16(part[None])) for part in weight.data])
             for weight in (layer.w13_weight, layer.w2_weight)
         )
         return w13, w2
@@ -132,7 +133,3 @@ def _taken(rows: BlockScaled, index_T: torch.Tensor) -> BlockScaled:
     """The rows at `index_T`: a row's bytes do not depend on where it stands."""
     globals_T = None if rows.globals is None else rows.globals[index_T]
     return replace(rows, codes=rows.codes[index_T], scales=rows.scales[index_T], globals=globals_T)
-
-
-def _bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.bfloat16)

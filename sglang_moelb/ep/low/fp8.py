@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang_moelb.ep.expert_rows import in_bfloat16
 from sglang_moelb.kernels.convert_fp8 import convert_fp8
 from sglang_moelb.kernels.quantise_rows import quantise_masked_rows, quantise_rows
 
@@ -58,7 +59,7 @@ def convert(
     At most `num_programs` SMs are busy with it.
     """
     convert_fp8(
-        [_bfloat16(layer.w13_weight.data), _bfloat16(layer.w2_weight.data)],
+        [in_bfloat16(layer.w13_weight.data), in_bfloat16(layer.w2_weight.data)],
         [into.w13, into.w2],
         [into.w13_scale, into.w2_scale],
         wanted_E=wanted_e,
@@ -68,14 +69,14 @@ def convert(
 
 def quantised(dispatch_output: Any) -> Any:
     """The received rows in float8 with their scales, in a copy of `dispatch_output`."""
-    q_NH, scale = quantise_rows(_bfloat16(dispatch_output.hidden_states))
+    q_NH, scale = quantise_rows(in_bfloat16(dispatch_output.hidden_states))
     return dispatch_output._replace(hidden_states=q_NH, hidden_states_scale=scale)
 
 
 def quantised_masked(dispatch_output: Any) -> Any:
     """As `quantised`, of a low-latency dispatch: of each expert the rows that have arrived."""
     q_eMH, scale = quantise_masked_rows(
-        _bfloat16(dispatch_output.hidden_states), dispatch_output.masked_m
+        in_bfloat16(dispatch_output.hidden_states), dispatch_output.masked_m
     )
     return dispatch_output._replace(hidden_states=q_eMH, hidden_states_scale=scale)
 
@@ -102,8 +103,3 @@ def _scales(weight: torch.Tensor) -> torch.Tensor:
     num_experts, num_rows, num_columns = weight.shape
     shape = (num_experts, num_rows // BLOCK, num_columns // BLOCK)
     return torch.zeros(shape, dtype=torch.float32, device=weight.device)
-
-
-def _bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    """On a GPU the tensor itself, as others are refused at start; the host serves float32 too."""
-    return tensor.to(torch.bfloat16)

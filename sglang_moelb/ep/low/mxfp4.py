@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sglang_moelb.ep.expert_rows import in_bfloat16
 from sglang_moelb.ep.low.fp4 import Fp4Weights
 from sglang_moelb.kernels.block_format import BlockFormat, empty_block_scaled
 from sglang_moelb.kernels.convert_fp4 import convert_fp4
@@ -48,13 +49,13 @@ def convert(
 
     At most `num_programs` SMs are busy with it.
     """
-    weights = (_bfloat16(layer.w13_weight.data), _bfloat16(layer.w2_weight.data))
+    weights = (in_bfloat16(layer.w13_weight.data), in_bfloat16(layer.w2_weight.data))
     convert_fp4(weights, wanted_e, (into.w13, into.w2), num_programs=num_programs or 0)
 
 
 def quantised(dispatch_output: Any) -> Any:
     """The received rows in float8 with packed powers of two, in a copy of `dispatch_output`."""
-    q_NH, scale = quantise_rows_ue8m0(_bfloat16(dispatch_output.hidden_states))
+    q_NH, scale = quantise_rows_ue8m0(in_bfloat16(dispatch_output.hidden_states))
     return dispatch_output._replace(hidden_states=q_NH, hidden_states_scale=scale)
 
 
@@ -100,8 +101,3 @@ def _quant_info(weights: Fp4Weights | None) -> Any:
         block_shape=[ROW_GROUP, ROW_GROUP],  # as SGLang says of its own FP4 experts
         is_fp4_experts=True,
     )
-
-
-def _bfloat16(tensor: torch.Tensor) -> torch.Tensor:
-    """On a GPU the tensor itself, as others are refused at start."""
-    return tensor.to(torch.bfloat16)
