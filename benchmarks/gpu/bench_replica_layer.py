@@ -1,0 +1,344 @@
+"""What a MoE layer under the lever replicate pays for, part by part, with DeepEP on one host.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.gpu.bench_replica_layer --out rows.jsonl
+
+The shapes of Qwen3-30B-A3B, 16,384 tokens a rank; one rank gets `--skew` times the mean rows.
+Layers are timed in six forms that take away one part after the other, so that their differences
+name where the time goes. All forms run in every round, in an order reversed every second round:
+
+    stock          skewed ids as they are
+    replicate      count, exchange, plan, copies, reroute, dispatch, experts with copies, combine
+    planned        the same plan, known beforehand: without count, exchange and plan
+    copied         copies are there too: without the transfer
+    rerouted       physical ids known too: without the reroute
+    balanced       ids of skew 1 over own experts only: without more and smaller groups
+
+A layer's outputs must be alike in all skewed forms. `--device cpu` runs over the stand-in for
+DeepEP, to see that it works; give it small sizes.
+
+Shape letters: T tokens of a rank, K top-k, R ranks, S slots of a rank, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu.one_layer import ALIGNMENT, LayerSizes, make_layer
+from benchmarks.gpu.skew_plugin import skewed_ids
+from sglang_moelb.ep.balance import LayerInput
+from sglang_moelb.ep.exchange import exchange_for
+from sglang_moelb.ep.low.lanes import lanes_of
+from sglang_moelb.ep.replicas.lever import DISPATCH_DTYPE, ReplicateLever
+from sglang_moelb.ep.replicas.memory import LayerExperts, map_experts
+from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
+from sglang_moelb.kernels.reroute import reroute
+from sglang_moelb.types import Lever, Policy, Topology
+
+NUM_EXPERTS, NUM_LAYERS, HOT, NVL_BYTES = 128, 4, 0, 64 << 20
+FORMS = ("stock", "replicate", "planned", "copied", "rerouted", "balanced")
+TOLERANCE = 0.02  # of a layer's output, by which ranks' sums in another order may differ
+
+
+class Dispatcher:
+    """What the lever takes of SGLang's dispatcher, over DeepEP's `Buffer`."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+        self.num_experts = NUM_EXPERTS
+
+    def _get_impl(self) -> Dispatcher:
+        return self
+
+    def _get_buffer(self) -> Any:
+        return self.buffer
+
+    def dispatch(self, routed: LayerInput, ids_TK: torch.Tensor) -> tuple[Any, Any]:
+        """Rows by `ids_TK` over `num_experts` experts, as SGLang's normal mode sends them."""
+        from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
+
+        per_rank, per_rdma, per_expert, in_rank, event = self.buffer.get_dispatch_layout(
+            ids_TK,
+            self.num_experts,
+            previous_event=self.buffer.capture(),
+            async_finish=True,
+            allocate_on_comm_stream=True,
+        )
+        rows, ids, weights, counts, handle, event = self.buffer.dispatch(
+            routed.hidden_TD,
+            topk_idx=ids_TK,
+            topk_weights=routed.weights_TK,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            previous_event=event,
+            async_finish=True,
+            allocate_on_comm_stream=True,
+            expert_alignment=ALIGNMENT,
+        )
+        event.current_stream_wait()
+        return DeepEPNormalDispatchOutput(rows, None, ids, weights, counts), handle
+
+    def combine(self, rows: torch.Tensor, handle: Any) -> torch.Tensor:
+        """Rows summed at home."""
+        out, _, event = self.buffer.combine(
+            rows,
+            handle,
+            async_finish=True,
+            previous_event=self.buffer.capture(),
+            allocate_on_comm_stream=True,
+        )
+        event.current_stream_wait()
+        return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rig:
+    """What a rank needs for its layers."""
+
+    rank: int
+    topology: Topology
+    num_slots: int
+    exchange: Any
+    dispatcher: Dispatcher
+    layers: list[Any]
+    experts_L: list[LayerExperts]
+    lever: ReplicateLever
+    skewed: LayerInput
+    even: LayerInput
+    policy: Policy
+
+    def plan(self) -> CopyPlan:
+        """Count, exchange and plan; collective."""
+        return plan_copies(
+            self.skewed, self.policy, self.topology, self.exchange, num_slots=self.num_slots
+        )
+
+    def physical(self, plan: CopyPlan) -> torch.Tensor:
+        """The ids that the lever would dispatch by."""
+        return reroute(
+            self.skewed.ids_TK, plan.counts_RW, plan.slots_RS, plan.quota_ER, my_rank=self.rank,
+            dtype=DISPATCH_DTYPE,
+        )  # fmt: skip
+
+    def run_own(self, number: int, routed: LayerInput) -> torch.Tensor:
+        """A layer without the lever."""
+        layer = self.layers[number]
+        rows, handle = self.dispatcher.dispatch(routed, routed.ids_TK)
+        return self.dispatcher.combine(_rows_of(layer.quant_method.apply(layer, rows)), handle)
+
+    def run_lever(self, number: int, plan: CopyPlan) -> torch.Tensor:
+        """A layer with the lever from a plan on."""
+        layer = self.layers[number]
+        ids_TK = self.lever.prepare(number, self.dispatcher, plan, self.skewed.ids_TK)
+        rows, handle = self.dispatcher.dispatch(self.skewed, ids_TK)
+        out = self.lever.run(layer, rows)
+        assert out is not None, "the layer was prepared"
+        return self.dispatcher.combine(_rows_of(out), handle)
+
+    def run_wide(self, number: int, ids_TK: torch.Tensor) -> torch.Tensor:
+        """A layer over own experts and slots as they are, by physical ids."""
+        experts = self.experts_L[number]
+        wide = SimpleNamespace(w13_weight=experts.w13, w2_weight=experts.w2)
+        self.dispatcher.num_experts = self.topology.num_ranks * len(experts.w13)
+        rows, handle = self.dispatcher.dispatch(self.skewed, ids_TK)
+        self.dispatcher.num_experts = NUM_EXPERTS
+        out = self.layers[number].quant_method.apply(wide, rows)
+        return self.dispatcher.combine(_rows_of(out), handle)
+
+    def run(self, form: str, number: int, plan: CopyPlan, ids_TK: torch.Tensor) -> torch.Tensor:
+        """One layer in one of `FORMS`; `plan` and its `ids_TK` are those of the skewed ids."""
+        if form in ("stock", "balanced"):
+            return self.run_own(number, self.skewed if form == "stock" else self.even)
+        if form == "replicate":
+            return self.run_lever(number, self.plan())
+        if form == "planned":
+            return self.run_lever(number, plan)
+        return self.run_wide(number, self.physical(plan) if form == "copied" else ids_TK)
+
+
+def _rows_of(out: Any) -> torch.Tensor:
+    rows: torch.Tensor = out.hidden_states
+    return rows
+
+
+def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
+    """Layers, buffers and routings of this rank; collective."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    sizes = LayerSizes(num_experts=NUM_EXPERTS // num_ranks, hidden=args.hidden, inner=args.inner)
+    layers = [make_layer(10 * rank + number, sizes, device) for number in range(NUM_LAYERS)]
+    group = dist.new_group(backend="gloo")
+    experts_L = map_experts(layers, num_slots=args.slots, rank=rank, group=group)
+    topology = Topology(
+        num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=sizes.topk
+    )
+    weights_TK = torch.rand(args.num_tokens, sizes.topk, device=device)
+    skewed = LayerInput(
+        layer=0,
+        ids_TK=_ids(args.skew, rank, num_ranks, args.num_tokens, device),
+        weights_TK=weights_TK / weights_TK.sum(dim=1, keepdim=True),
+        logits_TE=torch.empty(0, device=device),
+        hidden_TD=torch.randn(args.num_tokens, sizes.hidden, device=device).bfloat16(),
+        flags_T=torch.zeros(args.num_tokens, dtype=torch.uint8, device=device),
+        scoring="softmax",
+    )
+    return Rig(
+        rank=rank,
+        topology=topology,
+        num_slots=args.slots,
+        exchange=exchange_for(
+            dist.group.WORLD, num_layers=1, num_experts=NUM_EXPERTS, device=device, one_host=True
+        ),
+        dispatcher=Dispatcher(_buffer(device, sizes.hidden, num_ranks)),
+        layers=layers,
+        experts_L=experts_L,
+        lever=ReplicateLever(
+            layers, experts_L, topology=topology, rank=rank, lanes=lanes_of(device)
+        ),
+        skewed=skewed,
+        even=replace(skewed, ids_TK=_ids(1.0, rank, num_ranks, args.num_tokens, device)),
+        policy=Policy(epoch=1, lever=Lever.REPLICATE),
+    )
+
+
+def _ids(
+    skew: float, rank: int, num_ranks: int, num_tokens: int, device: torch.device
+) -> torch.Tensor:
+    ids = skewed_ids(skew, HOT, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index)
+    return ids[rank * num_tokens : (rank + 1) * num_tokens].contiguous()
+
+
+def _buffer(device: torch.device, hidden: int, num_ranks: int) -> Any:
+    if device.type == "cpu":
+        from sglang_moelb.ep.standin.deep_ep_buffer import Buffer as StandIn
+
+        return StandIn(dist.group.WORLD)
+    from deep_ep import Buffer
+
+    configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
+    hint = max(config.get_nvl_buffer_size_hint(2 * hidden, num_ranks) for config in configs)
+    return Buffer(dist.group.WORLD, max(hint, NVL_BYTES), 0)
+
+
+def balance_of(plan: CopyPlan) -> float:
+    """Rows of the busiest rank over the mean, as planned."""
+    rows_R = plan.quota_ER.sum(dim=0).float()
+    return (rows_R.max() / rows_R.mean()).item()
+
+
+def check_alike(rig: Rig, plan: CopyPlan, ids_TK: torch.Tensor) -> float:
+    """The farthest that a form's output is from stock's, relative; AssertionError if too far.
+
+    A layer of the form `replicate` runs before those that take the copies as they are.
+    """
+    whole = rig.run("stock", 1, plan, ids_TK).float()
+    farthest = 0.0
+    for form in FORMS[1:-1]:
+        out = rig.run(form, 1, plan, ids_TK).float()
+        farthest = max(farthest, ((out - whole).norm() / whole.norm()).item())
+        assert farthest < TOLERANCE, f"{form} is {farthest} from stock"
+    return farthest
+
+
+def times_ms(
+    rig: Rig, plan: CopyPlan, ids_TK: torch.Tensor, num_rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds a layer of the slowest rank, by form: `NUM_LAYERS` layers a round."""
+    device = rig.skewed.ids_TK.device
+    taken: dict[str, list[float]] = {form: [] for form in FORMS}
+    for index in range(num_rounds):
+        for form in FORMS if index % 2 == 0 else FORMS[::-1]:
+            dist.barrier()
+            begun_s = _now_s(device)
+            for number in range(NUM_LAYERS):
+                rig.run(form, number, plan, ids_TK)
+            ms = torch.tensor([1e3 * (_now_s(device) - begun_s) / NUM_LAYERS], device=device)
+            dist.all_reduce(ms, op=dist.ReduceOp.MAX)
+            taken[form].append(ms.item())
+    return taken
+
+
+def _now_s(device: torch.device) -> float:
+    """When the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def differences(taken: dict[str, list[float]]) -> dict[str, float]:
+    """Median milliseconds of what each form leaves out against the one before, over the rounds."""
+    pairs = pairwise(FORMS[1:])
+    parts = ("count, exchange, plan", "copies not hidden", "reroute", "more and smaller groups")
+    return {
+        part: statistics.median(a - b for a, b in zip(taken[one], taken[less], strict=True))
+        for part, (one, less) in zip(parts, pairs, strict=True)
+    }
+
+
+def main() -> None:
+    """Check, warm up, time; rank 0 appends a row and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--num-tokens", type=int, default=16_384, help="tokens of each rank")
+    parser.add_argument("--skew", type=float, default=2.0, help="rows of the hot rank, of the mean")
+    parser.add_argument("--slots", type=int, default=32, help="slots of a rank")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--inner", type=int, default=768)
+    parser.add_argument("--num-rounds", type=int, default=30)
+    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the row")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    rig = make_rig(args, device)
+    plan = rig.plan()
+    ids_TK = rig.physical(plan)
+    farthest = check_alike(rig, plan, ids_TK)
+    times_ms(rig, plan, ids_TK, 2)
+    taken = times_ms(rig, plan, ids_TK, args.num_rounds)
+    if rig.rank == 0:
+        row = {
+            "op": "bench_replica_layer",
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+            "num_ranks": rig.topology.num_ranks, "num_tokens": args.num_tokens,
+            "skew": args.skew, "num_slots": args.slots, "commit": args.commit,
+            "balance_planned": balance_of(plan), "output_apart": farthest,
+            "copies_R": (plan.slots_RS >= 0).sum(dim=1).tolist(),
+            "layer_ms": {form: _deciles(ms) for form, ms in taken.items()},
+            "parts_ms": differences(taken),
+        }  # fmt: skip
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row, indent=1), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _deciles(ms: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(ms, n=10)
+    return {"p10": deciles[0], "median": statistics.median(ms), "p90": deciles[8]}
+
+
+if __name__ == "__main__":
+    main()
