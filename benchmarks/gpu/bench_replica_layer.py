@@ -38,7 +38,8 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.one_layer import ALIGNMENT, LayerSizes, make_layer
+from benchmarks.gpu.one_layer import LayerSizes, make_layer
+from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ep.balance import LayerInput
 from sglang_moelb.ep.exchange import exchange_for
@@ -49,7 +50,7 @@ from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
 from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.types import Lever, Policy, Topology
 
-NUM_EXPERTS, NUM_LAYERS, HOT, NVL_BYTES = 128, 4, 0, 64 << 20
+NUM_EXPERTS, NUM_LAYERS, HOT = 128, 4, 0
 FORMS = ("stock", "replicate", "planned", "copied", "rerouted", "balanced")
 TOLERANCE = 0.02  # of a layer's output, by which ranks' sums in another order may differ
 
@@ -68,43 +69,8 @@ class Dispatcher:
         return self.buffer
 
     def dispatch(self, routed: LayerInput, ids_TK: torch.Tensor) -> tuple[Any, Any]:
-        """Rows by `ids_TK` over `num_experts` experts, as SGLang's normal mode sends them."""
-        from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
-
-        per_rank, per_rdma, per_expert, in_rank, event = self.buffer.get_dispatch_layout(
-            ids_TK,
-            self.num_experts,
-            previous_event=self.buffer.capture(),
-            async_finish=True,
-            allocate_on_comm_stream=True,
-        )
-        rows, ids, weights, counts, handle, event = self.buffer.dispatch(
-            routed.hidden_TD,
-            topk_idx=ids_TK,
-            topk_weights=routed.weights_TK,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            previous_event=event,
-            async_finish=True,
-            allocate_on_comm_stream=True,
-            expert_alignment=ALIGNMENT,
-        )
-        event.current_stream_wait()
-        return DeepEPNormalDispatchOutput(rows, None, ids, weights, counts), handle
-
-    def combine(self, rows: torch.Tensor, handle: Any) -> torch.Tensor:
-        """Rows summed at home."""
-        out, _, event = self.buffer.combine(
-            rows,
-            handle,
-            async_finish=True,
-            previous_event=self.buffer.capture(),
-            allocate_on_comm_stream=True,
-        )
-        event.current_stream_wait()
-        return out
+        """Send over as many experts as the lever has said."""
+        return dispatch(self.buffer, routed, ids_TK, self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +106,7 @@ class Rig:
         """A layer without the lever."""
         layer = self.layers[number]
         rows, handle = self.dispatcher.dispatch(routed, routed.ids_TK)
-        return self.dispatcher.combine(_rows_of(layer.quant_method.apply(layer, rows)), handle)
+        return combine(self.dispatcher.buffer, layer.quant_method.apply(layer, rows), handle)
 
     def run_lever(self, number: int, plan: CopyPlan) -> torch.Tensor:
         """A layer with the lever from a plan on."""
@@ -149,7 +115,7 @@ class Rig:
         rows, handle = self.dispatcher.dispatch(self.skewed, ids_TK)
         out = self.lever.run(layer, rows)
         assert out is not None, "the layer was prepared"
-        return self.dispatcher.combine(_rows_of(out), handle)
+        return combine(self.dispatcher.buffer, out, handle)
 
     def run_wide(self, number: int, ids_TK: torch.Tensor) -> torch.Tensor:
         """A layer over own experts and slots as they are, by physical ids."""
@@ -159,7 +125,7 @@ class Rig:
         rows, handle = self.dispatcher.dispatch(self.skewed, ids_TK)
         self.dispatcher.num_experts = NUM_EXPERTS
         out = self.layers[number].quant_method.apply(wide, rows)
-        return self.dispatcher.combine(_rows_of(out), handle)
+        return combine(self.dispatcher.buffer, out, handle)
 
     def run(self, form: str, number: int, plan: CopyPlan, ids_TK: torch.Tensor) -> torch.Tensor:
         """One layer in one of `FORMS`; `plan` and its `ids_TK` are those of the skewed ids."""
@@ -170,11 +136,6 @@ class Rig:
         if form == "planned":
             return self.run_lever(number, plan)
         return self.run_wide(number, self.physical(plan) if form == "copied" else ids_TK)
-
-
-def _rows_of(out: Any) -> torch.Tensor:
-    rows: torch.Tensor = out.hidden_states
-    return rows
 
 
 def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
@@ -204,7 +165,7 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
         exchange=exchange_for(
             dist.group.WORLD, num_layers=1, num_experts=NUM_EXPERTS, device=device, one_host=True
         ),
-        dispatcher=Dispatcher(_buffer(device, sizes.hidden, num_ranks)),
+        dispatcher=Dispatcher(make_buffer(device, sizes.hidden, num_ranks)),
         layers=layers,
         experts_L=experts_L,
         lever=ReplicateLever(
@@ -221,18 +182,6 @@ def _ids(
 ) -> torch.Tensor:
     ids = skewed_ids(skew, HOT, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index)
     return ids[rank * num_tokens : (rank + 1) * num_tokens].contiguous()
-
-
-def _buffer(device: torch.device, hidden: int, num_ranks: int) -> Any:
-    if device.type == "cpu":
-        from sglang_moelb.ep.standin.deep_ep_buffer import Buffer as StandIn
-
-        return StandIn(dist.group.WORLD)
-    from deep_ep import Buffer
-
-    configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
-    hint = max(config.get_nvl_buffer_size_hint(2 * hidden, num_ranks) for config in configs)
-    return Buffer(dist.group.WORLD, max(hint, NVL_BYTES), 0)
 
 
 def balance_of(plan: CopyPlan) -> float:

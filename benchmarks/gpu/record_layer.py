@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.draw_layer import draw, layer_view, load, work_of
-from benchmarks.gpu.one_layer import ALIGNMENT, LayerSizes, make_layer
+from benchmarks.gpu.one_layer import LayerSizes, make_layer
+from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ab.theme import LIGHT, render
 from sglang_moelb.ep.balance import LayerInput
@@ -36,7 +37,7 @@ from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.kernels.row_layout import FLAG_VISION
 from sglang_moelb.types import Lever, Policy, Topology
 
-NUM_LAYERS, HOT, NVL_BYTES = 4, 0, 64 << 20
+NUM_LAYERS, HOT = 4, 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,59 +59,21 @@ class Rig:
         if low:
             plan = plan_low(self.routed, self.policy, self.topology, self.exchange)
             self.lever.prepare(number, plan.low_E)
-        rows, handle = self._dispatched()
+        rows, handle = dispatch(
+            self.buffer, self.routed, self.routed.ids_TK, self.topology.num_experts
+        )
         out = self.lever.run(layer, rows) if low else None
         if out is None:
             out = layer.quant_method.apply(layer, rows)
-        combined, _, event = self.buffer.combine(
-            out.hidden_states,
-            handle,
-            async_finish=True,
-            previous_event=self.buffer.capture(),
-            allocate_on_comm_stream=True,
-        )
-        event.current_stream_wait()
-        return combined
-
-    def _dispatched(self) -> tuple[Any, Any]:
-        from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
-
-        per_rank, per_rdma, per_expert, in_rank, event = self.buffer.get_dispatch_layout(
-            self.routed.ids_TK,
-            self.topology.num_experts,
-            previous_event=self.buffer.capture(),
-            async_finish=True,
-            allocate_on_comm_stream=True,
-        )
-        rows, ids, weights, counts, handle, event = self.buffer.dispatch(
-            self.routed.hidden_TD,
-            topk_idx=self.routed.ids_TK,
-            topk_weights=self.routed.weights_TK,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            previous_event=event,
-            async_finish=True,
-            allocate_on_comm_stream=True,
-            expert_alignment=ALIGNMENT,
-        )
-        event.current_stream_wait()
-        return DeepEPNormalDispatchOutput(rows, None, ids, weights, counts), handle
+        return combine(self.buffer, out, handle)
 
 
 def make_rig(num_tokens: int, skew: float) -> Rig:
     """The layers, buffers and routing of this rank; collective."""
-    from deep_ep import Buffer
-
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
     sizes = LayerSizes()
     num_experts = sizes.num_experts * num_ranks
-    hint = max(
-        config.get_nvl_buffer_size_hint(sizes.hidden * 2, num_ranks)
-        for config in (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
-    )
     layers = [make_layer(10 * rank + number, sizes, device) for number in range(NUM_LAYERS)]
     staging = Staging(layers, num_slots=2, resident=(), lanes=lanes_of(device))
     ids = skewed_ids(skew, HOT, num_ranks, num_experts, sizes.topk, device.index)
@@ -129,7 +92,7 @@ def make_rig(num_tokens: int, skew: float) -> Rig:
         topology=Topology(
             num_layers=1, num_experts=num_experts, num_ranks=num_ranks, topk=sizes.topk
         ),
-        buffer=Buffer(dist.group.WORLD, max(hint, NVL_BYTES), 0),
+        buffer=make_buffer(device, sizes.hidden, num_ranks),
         exchange=exchange_for(
             dist.group.WORLD, num_layers=1, num_experts=num_experts, device=device, one_host=True
         ),
