@@ -29,7 +29,7 @@ class Variant:
 
 
 @cache
-def variant_of(num_warps: int, **constants: int) -> Variant:
+def variant_of(num_warps: int, **constants: int | tuple[int, ...]) -> Variant:
     """The one variant of these: variants are told apart by identity. Host only."""
     return Variant(constants, num_warps)
 
@@ -52,21 +52,28 @@ class Launcher:
         self,
         grid: tuple[int, int, int],
         variant: Variant,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | tuple[Tensor, ...]],
         integers: Sequence[int] = (),
     ) -> None:
         """Launch on the current stream of the current device. Host only, no sync. Source: ours.
 
-        The first launch of a variant with tensors of these dtypes and alignments is Triton's own,
-        which compiles. The kernel's globals are taken to stay as they are.
+        A tuple of tensors is one parameter of the kernel. The first launch of a variant with
+        tensors of these dtypes and alignments is Triton's own, which compiles. The kernel's globals
+        are taken to stay as they are.
         """
+        flat: list[Tensor] = []
+        for one in tensors:
+            if type(one) is tuple:
+                flat += one
+            else:
+                flat.append(one)  # type: ignore[arg-type]
         dtypes, places = [], 0
-        for tensor in tensors:
+        for tensor in flat:
             dtypes.append(tensor.dtype)
             places |= tensor.data_ptr()
-        key = (variant, tensors[0].device, *dtypes)
+        key = (variant, flat[0].device, *dtypes)
         if places % ALIGNED_BYTES:
-            key += tuple([tensor.data_ptr() % ALIGNED_BYTES == 0 for tensor in tensors])
+            key += tuple([tensor.data_ptr() % ALIGNED_BYTES == 0 for tensor in flat])
         held = self._held.get(key)
         fit = not integers or (min(integers) >= -END_OF_INT32 and max(integers) < END_OF_INT32)
         if held is not None and fit:

@@ -16,19 +16,28 @@ import torch
 import no_gpu_driver
 from triton.runtime.driver import driver
 from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.convert_fp8 import kernel as convert
 from sglang_moelb.kernels.count_experts import kernel as count
 from sglang_moelb.kernels.cut_tokens import kernel as cut
 from sglang_moelb.kernels.keys import KeyRule
 from sglang_moelb.kernels.place_replicas import kernel as place
 from sglang_moelb.kernels.plan_cuts import kernel as plan
+from sglang_moelb.kernels.plan_downgrade import kernel as lower
 from sglang_moelb.kernels.pull_experts import kernel as pull
+from sglang_moelb.kernels.quantise_rows import kernel as quantise
 from sglang_moelb.kernels.reroute import kernel as deal
 
 launched = []
 
+def told(argument):
+    is_tensor = hasattr(argument, "dtype")
+    return f"{argument.dtype} {argument.data_ptr() % 16}" if is_tensor else argument
+
 def launcher_cls(source, metadata):
     def launch(x, y, z, stream, function, packed, data, enter, leave, *args):
-        shown = [f"{a.dtype} {a.data_ptr() % 16}" if hasattr(a, "dtype") else a for a in args]
+        shown = [
+            [told(one) for one in a] if type(a) is tuple else told(a) for a in args
+        ]
         compiled_for = f"{source.signature} {source.attrs} {metadata.num_warps} warps"
         launched.append([source.name, compiled_for, [x, y, z], shown])
     return launch
@@ -44,6 +53,10 @@ RULE = KeyRule(metric=0, preference=0, seed=3)
 width = row_layout.row_width(E, with_histogram=True)
 histograms_RW = torch.zeros(R, width, dtype=torch.int32)
 capacity_G = torch.zeros(E, dtype=torch.int64)
+WEIGHTS = [torch.zeros(4, rows, 256).bfloat16() for rows in (512, 256)]
+LOW = [torch.zeros(weight.shape, dtype=torch.float8_e4m3fn) for weight in WEIGHTS]
+SCALES = [torch.zeros(4, len(weight[0]) // 128, 2) for weight in WEIGHTS]
+low_E = torch.zeros(E, dtype=torch.int32)
 
 def run(num_tokens, start, dtype):
     ids_TK = torch.zeros(num_tokens, K, dtype=dtype)
@@ -60,6 +73,18 @@ def run(num_tokens, start, dtype):
     cut.cut_tokens(
         ids_TK, weights_TK, keys_TK, flags_T, amounts_T, *cuts, num_experts=E, topk=K
     )
+    lower.plan_downgrade(
+        rows_RW, num_experts=E, capacity_factor=1.0 + start, vision_share=0.5, form=start % 3
+    )
+    convert.convert_fp8(
+        WEIGHTS, LOW, SCALES, wanted_E=low_E[start : start + 4], num_programs=1 + start
+    )
+    x_TH = torch.zeros(num_tokens, 512)[:, 256 * (start == 1) :].bfloat16()
+    quantise.quantise_rows(x_TH, num_rows_valid=low_E[start] if start else None)
+    quantise.silu_mul_quantise(x_TH, column_major=start > 0)
+    room_eMH = torch.zeros(1, 4 * num_tokens, 256).bfloat16()
+    quantise.quantise_masked_rows(room_eMH, low_E[start : start + 1])
+    quantise.quantise_rows_ue8m0(x_TH)
 
 CASES = [
     (num_tokens, start, dtype)
@@ -69,7 +94,8 @@ CASES = [
 ]
 LAUNCHERS = (
     count._launch, place._launch, deal._launch_prepare, deal._launch_apply, pull._launch,
-    plan._launch, cut._launch_mark, cut._launch_find, cut._launch_apply,
+    plan._launch, cut._launch_mark, cut._launch_find, cut._launch_apply, lower._launch,
+    convert._launch, quantise._launch_rows, quantise._launch_masked, quantise._launch_ue8m0,
 )
 
 def run_all(forget):
@@ -100,5 +126,5 @@ def test_a_launch_again_is_the_launch_that_triton_would_make(
     launches: dict[str, list[str]],
 ) -> None:
     """Also of tensors that are not aligned, which take another variant."""
-    assert len(launches["again"]) == (5 + 5) * 3 * 3 * 2
+    assert len(launches["again"]) == (5 + 5 + 6) * 3 * 3 * 2
     assert launches["again"] == launches["by_triton"]

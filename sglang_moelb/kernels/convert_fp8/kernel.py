@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sglang_moelb.kernels import fp8, fp8_device
 from sglang_moelb.kernels.convert_fp8.ref import check_weights
+from sglang_moelb.kernels.launch import Launcher, variant_of
 
 PROGRAMS_PER_SM = 2
 # Warps and stages of a program that has its SM for itself, and of programs that share one. Loads of
@@ -145,11 +146,8 @@ def launch(
     num_programs = min(num_programs, num_tiles * num_experts)
     if num_programs == 0:
         return
-    _convert[(num_programs,)](
-        tuple(weights),
-        tuple(out),
-        tuple(scales),
-        wanted_E,
+    variant = variant_of(
+        num_warps=num_warps,
         NUM_EXPERTS=num_experts,
         TILE_EXPERTS=triton.next_power_of_2(num_experts),
         NUM_ROWS=tuple(weight.shape[1] for weight in weights),
@@ -160,8 +158,11 @@ def launch(
         NUM_TILES=num_tiles,
         IS_EVEN=all(size % fp8.GROUP == 0 for weight in weights for size in weight.shape[1:]),
         NUM_STAGES=num_stages,
-        num_warps=num_warps,
     )
+    _launch((num_programs, 1, 1), variant, (tuple(weights), tuple(out), tuple(scales), wanted_E))
+
+
+_launch = Launcher(_convert)
 
 
 @cache

@@ -17,12 +17,15 @@ Shape letters: R ranks, W row width, E experts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import row_layout
+from sglang_moelb.kernels.launch import Launcher, Variant, variant_of
 from sglang_moelb.kernels.plan_downgrade import ref
 from sglang_moelb.types import Form
 
@@ -128,20 +131,27 @@ def plan_downgrade(
     )
     counts_RW = counts_RW if counts_RW.stride(1) == 1 else counts_RW.contiguous()
     low_E = torch.empty(num_experts, dtype=torch.int32, device=counts_RW.device)
+    _launch(
+        (num_ranks, 1, 1),
+        _variant(int(form), num_ranks, num_experts),
+        (counts_RW, low_E),
+        (counts_RW.stride(0), capacity, share, saved),
+    )
+    return low_E
+
+
+@lru_cache(maxsize=64)
+def _variant(form: int, num_ranks: int, num_experts: int) -> Variant:
     tile_experts = triton.next_power_of_2(num_experts // num_ranks)
-    _plan[(num_ranks,)](
-        counts_RW,
-        low_E,
-        counts_RW.stride(0),
-        capacity,
-        share,
-        saved,
-        FORM=int(form),
+    return variant_of(
+        num_warps=8,
+        FORM=form,
         NUM_RANKS=num_ranks,
         NUM_EXPERTS=num_experts,
         TILE=min(TILE, triton.next_power_of_2(num_ranks * num_experts)),
         TILE_EXPERTS=tile_experts,
         TILE_RANKS=min(max(1, TILE // tile_experts), triton.next_power_of_2(num_ranks)),
-        num_warps=8,
     )
-    return low_E
+
+
+_launch = Launcher(_plan)

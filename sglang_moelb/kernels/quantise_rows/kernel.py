@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sglang_moelb.kernels import fp8, fp8_device
+from sglang_moelb.kernels.launch import Launcher, variant_of
 from sglang_moelb.kernels.quantise_rows.ref import (
     NAN_BYTE,
     check_masked,
@@ -46,9 +47,9 @@ def _quantise(
     scale_ptr,
     num_valid_ptr,
     num_rows,
-    x_stride,
     scale_row_stride,
     scale_group_stride,
+    X_STRIDE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     HAS_NUM_VALID: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -63,7 +64,7 @@ def _quantise(
         return
     _quantise_tile(
         x_ptr, q_ptr, scale_ptr, first_row, num_valid, group,
-        x_stride, scale_row_stride, scale_group_stride, NUM_GROUPS, IS_GATED, TILE_ROWS,
+        X_STRIDE, scale_row_stride, scale_group_stride, NUM_GROUPS, IS_GATED, TILE_ROWS,
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def _quantise_ue8m0(
     q_ptr,
     byte_ptr,
     num_rows,
-    x_stride,
+    X_STRIDE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -141,7 +142,7 @@ def _quantise_ue8m0(
     row = tl.program_id(0) // NUM_GROUPS * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = (row < num_rows)[:, None]
     column = group * GROUP + tl.arange(0, GROUP)[None, :]
-    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + column
+    x_at = x_ptr + row.to(tl.int64)[:, None] * X_STRIDE + column
     x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     # As integers magnitudes order alike, with Inf and then NaN above all.
     amax_bits = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
@@ -162,14 +163,14 @@ def quantise_rows(
     x_TH: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
-    return _launch(x_TH, num_rows_valid, column_major, is_gated=False)
+    return _quantised(x_TH, num_rows_valid, column_major, is_gated=False)
 
 
 def silu_mul_quantise(
     gate_up_TN: Tensor, *, num_rows_valid: Tensor | None = None, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `sglang_moelb.kernels.quantise_rows`. Runs on the device of its tensors, no sync."""
-    return _launch(gate_up_TN, num_rows_valid, column_major, is_gated=True)
+    return _quantised(gate_up_TN, num_rows_valid, column_major, is_gated=True)
 
 
 def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,16 +181,16 @@ def quantise_masked_rows(x_eMH: Tensor, num_rows_e: Tensor) -> tuple[Tensor, Ten
     scale_eMG = empty_masked_scales(num_experts, max_rows, num_groups, x_eMH.device)
     num_walkers = min(MAX_WALKERS, triton.cdiv(max_rows, MASKED_TILE_ROWS))
     if q_eMH.numel():
-        _quantise_masked[(num_walkers * num_groups, num_experts)](
-            x_eMH,
-            q_eMH,
-            scale_eMG,
-            num_rows_e,
-            max_rows,
-            NUM_GROUPS=num_groups,
-            NUM_WALKERS=num_walkers,
-            TILE_ROWS=MASKED_TILE_ROWS,
-            num_warps=NUM_WARPS,
+        _launch_masked(
+            (num_walkers * num_groups, num_experts, 1),
+            variant_of(
+                num_warps=NUM_WARPS,
+                NUM_GROUPS=num_groups,
+                NUM_WALKERS=num_walkers,
+                TILE_ROWS=MASKED_TILE_ROWS,
+            ),
+            (x_eMH, q_eMH, scale_eMG, num_rows_e),
+            (max_rows,),
         )
     return q_eMH, scale_eMG
 
@@ -201,21 +202,22 @@ def quantise_rows_ue8m0(x_TH: Tensor) -> tuple[Tensor, Tensor]:
     q_TH = torch.empty(x_TH.shape, dtype=torch.float8_e4m3fn, device=x_TH.device)
     scale_TW = empty_words(num_rows, num_groups, x_TH.device)
     if q_TH.numel():
-        _quantise_ue8m0[(triton.cdiv(num_rows, TILE_ROWS) * num_groups,)](
-            x_TH,
-            q_TH,
-            scale_TW.view(torch.uint8),
-            num_rows,
-            x_TH.stride(0),
-            NUM_GROUPS=num_groups,
-            ROW_BYTES=4 * scale_TW.shape[1],
-            TILE_ROWS=TILE_ROWS,
-            num_warps=NUM_WARPS,
+        _launch_ue8m0(
+            (triton.cdiv(num_rows, TILE_ROWS) * num_groups, 1, 1),
+            variant_of(
+                num_warps=NUM_WARPS,
+                X_STRIDE=x_TH.stride(0),
+                NUM_GROUPS=num_groups,
+                ROW_BYTES=4 * scale_TW.shape[1],
+                TILE_ROWS=TILE_ROWS,
+            ),
+            (x_TH, q_TH, scale_TW.view(torch.uint8)),
+            (num_rows,),
         )
     return q_TH, scale_TW
 
 
-def _launch(
+def _quantised(
     x_TH: Tensor, num_rows_valid: Tensor | None, column_major: bool, *, is_gated: bool
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_groups = check_rows(x_TH, fp8.GROUP * (2 if is_gated else 1))
@@ -226,19 +228,21 @@ def _launch(
     scale_TG = empty_scales(num_rows, num_groups, column_major=column_major, device=x_TH.device)
     num_programs = triton.cdiv(num_rows, TILE_ROWS) * num_groups
     if num_programs:
-        _quantise[(num_programs,)](
-            x_TH,
-            q_TH,
-            scale_TG,
-            x_TH if num_rows_valid is None else num_rows_valid,
-            num_rows,
-            x_TH.stride(0),
-            scale_TG.stride(0),
-            scale_TG.stride(1),
-            NUM_GROUPS=num_groups,
-            HAS_NUM_VALID=num_rows_valid is not None,
-            IS_GATED=is_gated,
-            TILE_ROWS=TILE_ROWS,
-            num_warps=NUM_WARPS,
+        _launch_rows(
+            (num_programs, 1, 1),
+            variant_of(
+                num_warps=NUM_WARPS,
+                X_STRIDE=x_TH.stride(0),
+                NUM_GROUPS=num_groups,
+                HAS_NUM_VALID=num_rows_valid is not None,
+                IS_GATED=is_gated,
+                TILE_ROWS=TILE_ROWS,
+            ),
+            (x_TH, q_TH, scale_TG, x_TH if num_rows_valid is None else num_rows_valid),
+            (num_rows, scale_TG.stride(0), scale_TG.stride(1)),
         )
     return q_TH, scale_TG
+
+
+_launch_rows = Launcher(_quantise)
+_launch_masked, _launch_ue8m0 = Launcher(_quantise_masked), Launcher(_quantise_ue8m0)
