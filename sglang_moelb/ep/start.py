@@ -13,6 +13,7 @@ import torch
 from sglang_moelb.config import Config, trace_folder
 from sglang_moelb.ep import install, points, seams
 from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
+from sglang_moelb.ep.dispatchers import dispatchers_of
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.low.attach import attach_downgrade
 from sglang_moelb.ep.memory import with_replicas
@@ -155,7 +156,7 @@ def _seat(model_runner: Any, parallel: Any) -> Seat:
         layer_of_dispatcher={
             id(inner): layer
             for layer, e in enumerate(experts)
-            for inner in getattr(e.dispatcher, "_inners", [e.dispatcher])
+            for inner in dispatchers_of(e)
         },
         scoring=scoring,
         form=form,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sglang_moelb.ep.dispatchers import dispatchers_of
+
 LOW_LATENCY = "_low_latency_dispatcher"  # of SGLang's dispatcher, where its mode has one
 
 
@@ -59,7 +61,7 @@ def offload_refusal() -> tuple[str, str] | None:
 def dispatch_refusal(layer: Any, *, prefills_only: bool = True) -> tuple[str, str] | None:
     """What of DeepEP's dispatch experts cannot be run otherwise with, and the fix; None if all can.
     """
-    for dispatcher in getattr(layer.dispatcher, "_inners", [layer.dispatcher]):
+    for dispatcher in dispatchers_of(layer):
         normal = getattr(dispatcher, "_normal_dispatcher", None)
         if normal is None and prefills_only:
             return "--deepep-mode low_latency", "such a lever acts in prefill only; use mode none"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.config import Config
+from sglang_moelb.ep.dispatchers import dispatchers_of
 from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.low import attach as low
 from sglang_moelb.ep.low import fp8
@@ -266,8 +267,7 @@ def _modes(layer: Any) -> list[Any]:
     DeepEP's buffer, which both share, is made for the `num_experts` of that which comes first.
     """
     names = ("_normal_dispatcher", LOW_LATENCY)
-    inners = getattr(layer.dispatcher, "_inners", [layer.dispatcher])
-    modes = [getattr(inner, name, None) for inner in inners for name in names]
+    modes = [getattr(one, name, None) for one in dispatchers_of(layer) for name in names]
     return [mode for mode in modes if mode is not None]
 
 
