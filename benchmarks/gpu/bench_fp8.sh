@@ -11,7 +11,8 @@ if [[ -n ${SANITIZE:-} ]]; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   "$python" tests/gpu/check_fp8.py --small >/dev/null # compiles, outside of the sanitizer
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+    # Triton's loader tries more shared memory than a device has and takes the error for an answer.
+    compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 --target-processes all \
       "$python" tests/gpu/check_fp8.py --small 2>&1 | tee "$out/fp8_$tool.txt" | tail -n 12
   done
   exit 0
