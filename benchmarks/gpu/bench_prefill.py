@@ -61,9 +61,9 @@ def turns(servers: list[Server]) -> Iterator[tuple[Server, str]]:
     return ((server, mode) for server in servers for mode in server.modes)
 
 
-def ids(rng: random.Random, num_tokens: int) -> list[int]:
+def ids(rng: random.Random, num_tokens: int, vocabulary: int = VOCABULARY) -> list[int]:
     """A prompt of random tokens."""
-    return [rng.randrange(VOCABULARY) for _ in range(num_tokens)]
+    return [rng.randrange(vocabulary) for _ in range(num_tokens)]
 
 
 def client() -> aiohttp.ClientSession:
