@@ -140,7 +140,7 @@ def rebalances(args: argparse.Namespace, label: str) -> list[float]:
 def prompts_of(args: argparse.Namespace, seed: int) -> list[list[int]]:
     """The prompts of one burst."""
     rng = random.Random(seed)
-    return [ids(rng, args.tokens) for _ in range(args.requests)]
+    return [ids(rng, args.tokens, args.vocabulary) for _ in range(args.requests)]
 
 
 async def learn(
@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--logs", default=".", help="folder of server-LABEL.log, for mode eplb")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="ids of prompts")
     parser.add_argument("--batch", type=int, default=8, help="requests compared at top skew")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmups", type=int, default=2)

@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,10 @@ def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
         "ratio": ms[best] / median(auto_ms), "mean_ratio": fmean(of(rows, best, "step_ms"))
         / fmean(auto_ms), "levers": dict(Counter(levers)), "needless": needless, "rates": rates,
         "learning": dict(Counter(x for r in rows if r["label"] == "learning" for x in r["levers"])),
-        "reasons": sorted({x for r in rows if r["mode"] == "auto" for x in r["reasons"]}),
+        "reasons": Counter(
+            re.sub(r"-?[0-9]+(\.[0-9]+)?", "#", x)
+            for r in rows if r["mode"] == "auto" for x in r["reasons"]
+        ),
     }  # fmt: skip
 
 
@@ -191,7 +195,8 @@ def print_summary(rows: list[dict[str, Any]], budget: float) -> None:
             print(f"  {mode:10} {number:3} passes, median {time_ms:8.3f} ms, gate mass lost "
                   f"{lost:.4f}, bursts {told['rates'][mode]:9.0f} tok/s")  # fmt: skip
         print(f"  auto chose {told['levers']}, while it learnt {told['learning']}")
-        print(f"  reasons: {'; '.join(told['reasons'])}")
+        for reason, number in told["reasons"].most_common(3):
+            print(f"  reason, {number} times: {reason}")
         if told["needless"]:
             print(f"  NEEDLESS: a lossy lever in {told['needless']} passes though replicate is "
                   f"within {SUFFICES - 1:.0%}")  # fmt: skip
