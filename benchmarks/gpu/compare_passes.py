@@ -52,10 +52,14 @@ def print_passes(name: str, kind: tuple[int, str, str, str], rows: list[dict[str
         return
     print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, skew {load}, "
           f"{f'mode {label}, ' if label else ''}lever {lever or 'none of ours'}")  # fmt: skip
-    loads = [imbalance(row["routed_rows_LR"]) for row, _ in pairs if "routed_rows_LR" in row]
+    loads = [
+        imbalance(row["routed_rows_LR"])
+        for row in rows
+        if "routed_rows_LR" in row and kind_of(row)[1:3] == (load, label)
+    ]
     if loads:
         print(f"  max/mean rank rows before a lever: mean {np.mean(loads):.3f}, worst layer "
-              f"{np.max(loads):.3f} (rank 0's tokens, {len(loads)} passes)")  # fmt: skip
+              f"{np.max(loads):.3f} ({len(loads)} passes)")  # fmt: skip
     columns = {
         "host_ms": [row["host_ms"] for row, _ in pairs],
         "device_ms": [row["device_ms"] for row, _ in pairs],

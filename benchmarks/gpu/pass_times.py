@@ -2,10 +2,10 @@
 
 Rank 0 appends one JSON row a pass to the file named by MOELB_BENCH_TIMES: when it began on the host
 clock, how long `ModelRunner.forward` kept the host, and how long the device took from its first to
-its last kernel. The first full pass of a load also says which ranks the rows of its own tokens went
-to, by layer, before a lever of a balanced server acts. With MOELB_BENCH_PARTS set, each row of a
-balanced server also says how much of the host time went to our own functions (a function's time
-holds that of those it calls).
+its last kernel. A row after the first full pass of a load also says how many rows went to each rank
+in that pass, by layer, before a lever of a balanced server acts. With MOELB_BENCH_PARTS set, each
+row of a balanced server also says how much of the host time went to our own functions (a function's
+time holds that of those it calls).
 """
 
 from __future__ import annotations

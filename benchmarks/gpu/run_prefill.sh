@@ -16,7 +16,9 @@
 # skew 3 on 4 GPUs; 2 GPUs need SLOTS=32 for skew 2, and 22 for 1.5.
 # SGLang's EPLB: stock eplb replicate. REDUNDANT experts in all (6, on 2 GPUs 324 MiB a rank with 12
 # layers; SLOTS=32 are 288 MiB), rebalanced every REBALANCE passes; before each measured burst it
-# learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". WARMUPS bursts of each are
+# learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". Two ranks that share out
+# hot and cold experts evenly are balanced for the opposite load too: for a history that does not
+# match take experts=8 on both sides. WARMUPS bursts of each are
 # not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS and MAX_TOTAL (KV tokens) size the servers.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?} size=${SIZE:-large} repeats=${REPEATS:-4}

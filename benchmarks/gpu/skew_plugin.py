@@ -89,6 +89,7 @@ class Imposed:
     step: int = 0
     counts: bool = False  # whether this pass, the first full one of a load, counts its rows
     rows_LR: list[torch.Tensor] = field(default_factory=list)  # of this rank's tokens
+    told_LR: torch.Tensor | None = None  # of all ranks' tokens, until it is taken
 
 
 _now = Imposed()
@@ -103,6 +104,9 @@ def register() -> None:
     srt = "sglang.srt"
     HookRegistry.register(
         f"{srt}.model_executor.model_runner.ModelRunner.forward", _begin, HookType.BEFORE
+    )
+    HookRegistry.register(
+        f"{srt}.model_executor.model_runner.ModelRunner.forward", _end, HookType.AFTER
     )
     HookRegistry.register(f"{srt}.layers.moe.topk._post_process_topk_ids", _impose, HookType.AROUND)
     HookRegistry.register(
@@ -148,6 +152,18 @@ def _begin(runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     begin_pass(list(forward_batch.global_num_tokens_cpu or own))
 
 
+def _end(result: Any, *args: Any, **kwargs: Any) -> None:
+    end_pass(torch.distributed.all_reduce)
+
+
+def end_pass(add_up: Callable[[torch.Tensor], Any]) -> None:
+    """Add up the rows of a pass that counts them over ranks, in place; all ranks do or none."""
+    if _now.counts and _now.rows_LR:
+        rows_LR = torch.stack(_now.rows_LR)
+        add_up(rows_LR)
+        _now.told_LR = rows_LR
+
+
 def begin_pass(num_tokens_R: list[int]) -> None:
     """Read the load for a pass; all ranks run it together, so all count it or none does."""
     path = Path(os.environ[VARIABLE])
@@ -157,7 +173,7 @@ def begin_pass(num_tokens_R: list[int]) -> None:
         return
     if stamp != _now.stamp:
         _now.load, _now.stamp = Load.parse(path.read_text()), stamp
-        _now.rows_LR = []
+        _now.rows_LR, _now.told_LR = [], None
     _now.step += 1
     _now.counts = not _now.rows_LR and min(num_tokens_R) >= FULL_TOKENS
 
@@ -168,8 +184,9 @@ def imposed_load() -> Load:
 
 
 def take_rows() -> torch.Tensor | None:
-    """int64 `[L, R]` rows of this rank's tokens by rank, in the first full pass of a load."""
-    return torch.stack(_now.rows_LR) if _now.counts and _now.rows_LR else None
+    """int64 `[L, R]` rows by rank in the first full pass of this load, once, when it has ended."""
+    rows_LR, _now.told_LR = _now.told_LR, None
+    return rows_LR
 
 
 def _impose(process: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

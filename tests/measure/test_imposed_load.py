@@ -159,9 +159,12 @@ def test_eplb_sees_the_load_as_logical_experts_and_spreads_it(
     assert torch.equal(mapped(None), imposed(0, 2)), "without EPLB the map changes nothing"
     assert torch.equal(mapped(info), swapped[imposed(0, 2)])
     assert hot_rank(mapped(info), 2)[1] == pytest.approx(1.0, abs=0.02)
+    skew_plugin.end_pass(lambda rows_LR: rows_LR.mul_(2))
     rows_LR = skew_plugin.take_rows()
     assert rows_LR is not None
-    assert rows_LR[0].tolist() == [NUM_TOKENS * TOPK, 0]
+    assert rows_LR[0].tolist() == [2 * NUM_TOKENS * TOPK, 0]
+    assert rows_LR[-1].max() < 2.1 * NUM_TOKENS * TOPK / 2
+    assert skew_plugin.take_rows() is None
 
 
 def test_the_servers_modes_and_rebalances_are_read() -> None:
