@@ -6,13 +6,11 @@
 
 A skew is a load as in `skew_plugin`. Each request is `--tokens` random ids with one token out; a
 burst of `--requests` goes to one server. For every repeat, all (skew, server, mode) are measured
-once, in an order that is reversed every second repeat. One JSON row a burst; the table shows
-median, minimum and maximum.
-With `--outputs`, tokens and log-probabilities of all are compared first with those of the first.
+once, in an order that is reversed every second repeat. One JSON row a burst. With `--outputs`,
+tokens and log-probabilities of all are compared first with those of the first.
 
-Mode `eplb` is SGLang's own EPLB: before a measured burst the server serves the load until it has
-rebalanced twice, so that all of its history is of that load. `eplb@LOAD` learns another one, such
-as `eplb@2 opposite`. Rebalances are read in the server's log, in the folder `--logs`.
+Mode `eplb` is SGLang's own EPLB: before a measured burst it serves the load until it has rebalanced
+twice, as its log in the folder `--logs` says; `eplb@2 opposite` learns that load instead.
 """
 
 from __future__ import annotations
@@ -176,7 +174,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     async with client() as session:
         for repeat in range(-args.warmups, args.repeats):
             for load, server, mode in order if repeat % 2 == 0 else order[::-1]:
-                is_eplb = is_stock(mode) and mode != "stock"
+                is_eplb = mode.startswith("eplb")
                 if repeat < 0:
                     Path(args.skew_file).write_text(f"{load} | warm-up")
                     await settle(session, server.url, mode)
