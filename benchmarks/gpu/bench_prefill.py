@@ -174,17 +174,16 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     async with client() as session:
         for repeat in range(-args.warmups, args.repeats):
             for load, server, mode in order if repeat % 2 == 0 else order[::-1]:
-                is_eplb = mode.startswith("eplb")
                 if repeat < 0:
                     Path(args.skew_file).write_text(f"{load} | warm-up")
                     await settle(session, server.url, mode)
                     await burst(session, server.url, prompts_of(args, repeat), 1)
                     continue
                 learnt = await prepare(session, args, server, mode, load)
-                before = len(rebalances(args, server.label)) if is_eplb else 0
+                before = len(rebalances(args, server.label)) if learnt else 0
                 Path(args.skew_file).write_text(f"{load} | {mode}")
                 seconds, _ = await burst(session, server.url, prompts_of(args, repeat), 1)
-                if is_eplb:
+                if learnt:
                     learnt["rebalances_in_burst_s"] = rebalances(args, server.label)[before:]
                 rows.append({
                     "hardware": args.hardware,
