@@ -2,12 +2,15 @@
 
     python3 -m benchmarks.gpu.bench_prefill --server stock=http://127.0.0.1:21000=stock \
         --server moelb=http://127.0.0.1:22000=none,drop@1.25 \
-        --skew-file /tmp/skew --skews 1,2,3 --out rows.jsonl
+        --skew-file /tmp/skew --skews "1,2,2 moving" --out rows.jsonl
 
-Each request is `--tokens` random ids with one token out; a burst of `--requests` goes to one
-server. For every repeat, all (skew, server, mode) are measured once, in an order that is
-reversed every second repeat. One JSON row a burst; the table shows median, minimum and maximum.
-With `--outputs`, tokens and log-probabilities of all are compared first with those of the first.
+A skew is a load as in `skew_plugin`. Each request is `--tokens` random ids with one token out; a
+burst of `--requests` goes to one server. For every repeat, all (skew, server, mode) are measured
+once, in an order that is reversed every second repeat. One JSON row a burst. With `--outputs`,
+tokens and log-probabilities of all are compared first with those of the first.
+
+Mode `eplb` is SGLang's own EPLB: before a measured burst it serves the load until it has rebalanced
+twice, as its log in the folder `--logs` says; `eplb@2 opposite` learns that load instead.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,8 +30,13 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.gpu.skew_plugin import Load
+
 VOCABULARY = 150_000
 SINGLE_LENGTHS = (1, 7, 64, 333, 1024, 2048)
+NUM_REBALANCES = 2  # the first may be of a window that holds another load
+MAX_LEARNING = 40  # bursts
+REBALANCED = re.compile(r" TP0\b.*rebalance end time=([0-9.]+)s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class Server:
     @classmethod
     def parse(cls, text: str) -> Server:
         """Read LABEL=URL=MODE,MODE."""
-        label, url, modes = text.split("=")
+        label, url, modes = text.split("=", 2)
         return cls(label, url, tuple(modes.split(",")))
 
 
@@ -50,9 +59,9 @@ def turns(servers: list[Server]) -> Iterator[tuple[Server, str]]:
     return ((server, mode) for server in servers for mode in server.modes)
 
 
-def ids(rng: random.Random, num_tokens: int) -> list[int]:
+def ids(rng: random.Random, num_tokens: int, vocabulary: int = VOCABULARY) -> list[int]:
     """A prompt of random tokens."""
-    return [rng.randrange(VOCABULARY) for _ in range(num_tokens)]
+    return [rng.randrange(vocabulary) for _ in range(num_tokens)]
 
 
 def client() -> aiohttp.ClientSession:
@@ -79,9 +88,14 @@ async def burst(
     return time.perf_counter() - begun, answers
 
 
+def is_stock(mode: str) -> bool:
+    """Whether a mode is SGLang's own, so that the server has no status and cannot be switched."""
+    return mode.partition("@")[0] in ("stock", "eplb")
+
+
 async def set_mode(session: aiohttp.ClientSession, url: str, mode: str) -> None:
-    """Switch a balanced server; `stock` is a server without the plugin and is left alone."""
-    if mode == "stock":
+    """Switch a balanced server; one without the plugin is left alone."""
+    if is_stock(mode):
         return
     name, _, factor = mode.partition("@")
     name, _, form = name.partition(":")
@@ -107,12 +121,50 @@ async def last_pass(
     session: aiohttp.ClientSession, url: str, mode: str, num_last: int = 4
 ) -> dict[str, Any]:
     """The largest of the last prefill passes, from the status of a balanced server."""
-    if mode == "stock":
+    if is_stock(mode):
         return {}
     async with session.get(f"{url}/moelb/status") as response:
         recent = (await response.json())["recent"]
     prefills = [row for row in recent if row["phase"] == "prefill"]
     return max(prefills[-num_last:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
+
+
+def rebalances(args: argparse.Namespace, label: str) -> list[float]:
+    """Seconds that serving stood still for each rebalance of a server so far."""
+    log = Path(args.logs) / f"server-{label}.log"
+    return [float(took_s) for took_s in REBALANCED.findall(log.read_text(errors="replace"))]
+
+
+def prompts_of(args: argparse.Namespace, seed: int) -> list[list[int]]:
+    """The prompts of one burst."""
+    rng = random.Random(seed)
+    return [ids(rng, args.tokens, args.vocabulary) for _ in range(args.requests)]
+
+
+async def learn(
+    session: aiohttp.ClientSession, args: argparse.Namespace, server: Server, load: str
+) -> dict[str, Any]:
+    """Serve a load until EPLB has rebalanced on it; what that took."""
+    Path(args.skew_file).write_text(f"{load} | learning")
+    before = len(rebalances(args, server.label))
+    for number in range(MAX_LEARNING):
+        await burst(session, server.url, prompts_of(args, number), 1)
+        took_s = rebalances(args, server.label)[before:]
+        if len(took_s) >= NUM_REBALANCES:
+            return {"learnt": load, "learning_bursts": number + 1, "rebalances_s": took_s}
+    raise SystemExit(f"{server.label}: {MAX_LEARNING} bursts without {NUM_REBALANCES} rebalances; "
+                     "set --eplb-rebalance-num-iterations lower")  # fmt: skip
+
+
+async def prepare(
+    session: aiohttp.ClientSession, args: argparse.Namespace, server: Server, mode: str, load: str
+) -> dict[str, Any]:
+    """Bring a server into a mode; what an EPLB server has learnt."""
+    name, _, other = mode.partition("@")
+    if name == "eplb":
+        return await learn(session, args, server, other or load)
+    await settle(session, server.url, mode)
+    return {}
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -121,19 +173,24 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     order = [(skew, *turn) for skew in args.skews.split(",") for turn in turns(args.server)]
     async with client() as session:
         for repeat in range(-args.warmups, args.repeats):
-            for skew, server, mode in order if repeat % 2 == 0 else order[::-1]:
-                Path(args.skew_file).write_text(skew)
-                await settle(session, server.url, mode)
-                rng = random.Random(repeat)
-                prompts = [ids(rng, args.tokens) for _ in range(args.requests)]
-                seconds, _ = await burst(session, server.url, prompts, 1)
+            for load, server, mode in order if repeat % 2 == 0 else order[::-1]:
                 if repeat < 0:
+                    Path(args.skew_file).write_text(f"{load} | warm-up")
+                    await settle(session, server.url, mode)
+                    await burst(session, server.url, prompts_of(args, repeat), 1)
                     continue
+                learnt = await prepare(session, args, server, mode, load)
+                before = len(rebalances(args, server.label)) if learnt else 0
+                Path(args.skew_file).write_text(f"{load} | {mode}")
+                seconds, _ = await burst(session, server.url, prompts_of(args, repeat), 1)
+                if learnt:
+                    learnt["rebalances_in_burst_s"] = rebalances(args, server.label)[before:]
                 rows.append({
                     "hardware": args.hardware,
                     "commit": args.commit,
                     "label": server.label,
-                    "skew": float(skew),
+                    "skew": Load.parse(load).skew,
+                    "load": load,
                     "mode": mode,
                     "repeat": repeat,
                     "requests": args.requests,
@@ -141,6 +198,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "seconds": seconds,
                     "tokens_per_s": args.requests * args.tokens / seconds,
                     "pass": await last_pass(session, server.url, mode),
+                    **learnt,
                 })  # fmt: skip
     return rows
 
@@ -156,7 +214,9 @@ async def outputs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             single = []
             for length in SINGLE_LENGTHS:
                 single += (await burst(session, server.url, [ids(rng, length)], 8))[1]
-            Path(args.skew_file).write_text(max(args.skews.split(","), key=float))
+            Path(args.skew_file).write_text(
+                max(args.skews.split(","), key=lambda load: Load.parse(load).skew)
+            )
             prompts = [ids(rng, args.tokens) for _ in range(args.batch)]
             _, batch = await burst(session, server.url, prompts, 4)
             said[f"{server.label} {mode}"] = {
@@ -202,9 +262,13 @@ def main() -> None:
         help="LABEL=URL=MODES; modes: stock, or such as drop@1.25,downgrade:experts@1.0",
     )  # fmt: skip
     parser.add_argument("--skew-file", required=True)
-    parser.add_argument("--skews", default="1,2,3", help="max/mean rank rows to impose")
+    parser.add_argument(
+        "--skews", default="1,2,3", help="loads to impose: max/mean rank rows, such as 2,2 moving"
+    )
+    parser.add_argument("--logs", default=".", help="folder of server-LABEL.log, for mode eplb")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="ids of prompts")
     parser.add_argument("--batch", type=int, default=8, help="requests compared at top skew")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmups", type=int, default=2)
@@ -220,10 +284,16 @@ def main() -> None:
     rows = asyncio.run(measure(args))
     with Path(args.out).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    for key in dict.fromkeys((r["skew"], r["label"], r["mode"]) for r in rows):
-        rates = [r["tokens_per_s"] for r in rows if (r["skew"], r["label"], r["mode"]) == key]
-        print(f"skew {key[0]:4} {key[1]:10} {key[2]:14} median {statistics.median(rates):9.0f} "
+    for key in dict.fromkeys((r["load"], r["label"], r["mode"]) for r in rows):
+        own = [r for r in rows if (r["load"], r["label"], r["mode"]) == key]
+        rates = [r["tokens_per_s"] for r in own]
+        print(f"skew {key[0]:14} {key[1]:10} {key[2]:14} median {statistics.median(rates):9.0f} "
               f"min {min(rates):9.0f} max {max(rates):9.0f} tok/s")  # fmt: skip
+        pauses = [pause for r in own for pause in r.get("rebalances_s", ())]
+        if pauses:
+            within = sum(len(r["rebalances_in_burst_s"]) for r in own)
+            print(f"  EPLB rebalanced {len(pauses)} times before these bursts and {within} times "
+                  f"within, pauses {min(pauses):.3f} to {max(pauses):.3f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

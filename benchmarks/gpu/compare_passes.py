@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.compare_passes results
 
-A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); the first four of a kind are left
-out. `period` is the time from the start of a pass to the start of the next within a burst.
+A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); left out are those that warm up
+or learn, and where none says so, the first four of a kind. `period` is the time from the start of a
+pass to the start of the next within a burst.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 FULL = (16384, 1024)  # tokens
 NUM_WARMUP = 4
 MAX_PERIOD_MS = 1000.0
+UNMEASURED = ("warm-up", "learning")  # labels
 
 
 def main() -> None:
@@ -30,22 +32,34 @@ def main() -> None:
             print_passes(path.stem, kind, rows)
 
 
-def kind_of(row: dict[str, Any]) -> tuple[int, float, str]:
-    """What passes have in common that are compared: size, imposed skew and lever."""
-    return row["num_tokens"], row["skew"], row["lever"]
+def kind_of(row: dict[str, Any]) -> tuple[int, str, str, str]:
+    """What passes have in common that are compared: size, imposed load, label and lever."""
+    load = row["load"] if "load" in row else f"{row['skew']:g}"
+    return row["num_tokens"], load, row.get("label", ""), row["lever"]
 
 
-def print_passes(name: str, kind: tuple[int, float, str], rows: list[dict[str, Any]]) -> None:
+def print_passes(name: str, kind: tuple[int, str, str, str], rows: list[dict[str, Any]]) -> None:
     """Medians and quartiles of the passes of one kind of one server."""
+    num_tokens, load, label, lever = kind
+    if label in UNMEASURED:
+        return
     pairs = [
         (row, 1e3 * (after["begun_s"] - row["begun_s"]))
         for row, after in pairwise(rows)
         if kind_of(row) == kind
-    ][NUM_WARMUP:]
+    ][0 if label else NUM_WARMUP :]
     if not pairs:
         return
-    num_tokens, skew, lever = kind
-    print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, skew {skew:g}, lever {lever}")
+    print(f"{name}: {len(pairs)} passes of {num_tokens} tokens, skew {load}, "
+          f"{f'mode {label}, ' if label else ''}lever {lever or 'none of ours'}")  # fmt: skip
+    loads = [
+        imbalance(row["routed_rows_LR"])
+        for row in rows
+        if "routed_rows_LR" in row and kind_of(row)[1:3] == (load, label)
+    ]
+    if loads:
+        print(f"  max/mean rank rows before a lever: mean {np.mean(loads):.3f}, worst layer "
+              f"{np.max(loads):.3f} ({len(loads)} passes)")  # fmt: skip
     columns = {
         "host_ms": [row["host_ms"] for row, _ in pairs],
         "device_ms": [row["device_ms"] for row, _ in pairs],
@@ -56,6 +70,11 @@ def print_passes(name: str, kind: tuple[int, float, str], rows: list[dict[str, A
     for column, values in columns.items():
         low, middle, high = np.percentile(values, [25, 50, 75])
         print(f"  {column:28} median {middle:8.3f}, quartiles {low:8.3f} to {high:8.3f}")
+
+
+def imbalance(rows_LR: list[list[int]]) -> list[float]:
+    """max/mean over ranks of each layer."""
+    return [max(rows_R) * len(rows_R) / sum(rows_R) for rows_R in rows_LR]
 
 
 if __name__ == "__main__":

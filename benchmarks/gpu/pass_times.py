@@ -2,8 +2,10 @@
 
 Rank 0 appends one JSON row a pass to the file named by MOELB_BENCH_TIMES: when it began on the host
 clock, how long `ModelRunner.forward` kept the host, and how long the device took from its first to
-its last kernel. With MOELB_BENCH_PARTS set, each row of a balanced server also says how much of the
-host time went to our own functions (a function's time holds that of those it calls).
+its last kernel. A row after the first full pass of a load also says how many rows went to each rank
+in that pass, by layer, before a lever of a balanced server acts. With MOELB_BENCH_PARTS set, each
+row of a balanced server also says how much of the host time went to our own functions (a function's
+time holds that of those it calls).
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.skew_plugin import imposed_skew
+from benchmarks.gpu.skew_plugin import imposed_load, take_rows
 
 VARIABLE, PARTS_VARIABLE = "MOELB_BENCH_TIMES", "MOELB_BENCH_PARTS"
-_pending: deque[tuple[dict[str, Any], torch.cuda.Event, torch.cuda.Event]] = deque()
+_pending: deque[tuple[dict[str, Any], torch.cuda.Event, torch.cuda.Event, torch.Tensor | None]] = (
+    deque()
+)
 _parts_us: Counter[str] = Counter()
 
 
@@ -47,17 +51,22 @@ def _timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     begun_s = time.perf_counter()
     result = forward(*args, **kwargs)
     host_ms = 1e3 * (time.perf_counter() - begun_s)
+    rows_LR = take_rows()
+    if rows_LR is not None:
+        on_host = torch.empty(rows_LR.shape, dtype=rows_LR.dtype, pin_memory=True)
+        rows_LR = on_host.copy_(rows_LR, non_blocking=True)
     ended.record()
     batch = kwargs.get("forward_batch", args[1] if len(args) > 1 else None)
     row = {
         "begun_s": begun_s,
         "num_tokens": int(batch.input_ids.shape[0]),
         "lever": _lever(),
-        "skew": imposed_skew(),
+        "load": imposed_load().words,
+        "label": imposed_load().label,
         "host_ms": host_ms,
         "parts_us": {k: round(v) for k, v in (_parts_us - before).items()},
     }
-    _pending.append((row, begun, ended))
+    _pending.append((row, begun, ended, rows_LR))
     _flush()
     return result
 
@@ -73,8 +82,11 @@ def _lever() -> str:
 def _flush() -> None:
     with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
         while _pending and _pending[0][2].query():
-            row, begun, ended = _pending.popleft()
-            file.write(json.dumps({**row, "device_ms": begun.elapsed_time(ended)}) + "\n")
+            row, begun, ended, rows_LR = _pending.popleft()
+            row["device_ms"] = begun.elapsed_time(ended)
+            if rows_LR is not None:
+                row["routed_rows_LR"] = rows_LR.tolist()
+            file.write(json.dumps(row) + "\n")
 
 
 def _time_parts() -> None:

@@ -4,6 +4,7 @@
 # reversed every second repeat. Needs SGLang, DeepEP and DeepGEMM importable.
 #   NUM_GPUS=2 SIZE=large SKEWS=1,1.5,2 REQUESTS=32 REPEATS=4 OUT=results \
 #     bash benchmarks/gpu/run_prefill.sh stock moelb=none,observe,drop@1.0
+# A skew is a load as in skew_plugin.py: "1,2,2 moving", "2 still experts=8".
 # An argument is KIND=MODES, modes such as drop@1.25 or downgrade:experts@1.0; kinds are below. A
 # skew may not exceed the number of GPUs. SIZE is large (16,384 tokens a rank and pass) or small
 # (1,024). PARTS=1 also times our own functions in each pass. About 20 GB of a GPU's memory a server.
@@ -13,6 +14,12 @@
 # copies (conversion for free), fp8 runs all experts so. Replicas: stock replicate. With N GPUs, a hot
 # rank of skew s gives away (s - 1) / s of its 128 / N experts to N - 1 ranks: SLOTS=8 is enough for
 # skew 3 on 4 GPUs; 2 GPUs need SLOTS=32 for skew 2, and 22 for 1.5.
+# SGLang's EPLB: stock eplb replicate. REDUNDANT experts in all (6, on 2 GPUs 324 MiB a rank with 12
+# layers; SLOTS=32 are 288 MiB), rebalanced every REBALANCE passes; before each measured burst it
+# learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". Two ranks that share out
+# hot and cold experts evenly are balanced for the opposite load too: for a history that does not
+# match take experts=8 on both sides. WARMUPS bursts of each are
+# not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS and MAX_TOTAL (KV tokens) size the servers.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?} size=${SIZE:-large} repeats=${REPEATS:-4}
 lay_plugin moelb_bench moelb_bench=benchmarks.gpu.skew_plugin:register \
@@ -27,7 +34,8 @@ case $size in
 esac
 common=(--model-path "$plugins/model" --load-format dummy --skip-tokenizer-init
   "${expert_parallel[@]}" --chunked-prefill-size "$((tokens * num_gpus))"
-  --max-prefill-tokens "$((tokens * num_gpus))" --mem-fraction-static 0.85 --max-total-tokens 100000)
+  --max-prefill-tokens "$((tokens * num_gpus))" --mem-fraction-static 0.85
+  --max-total-tokens "${MAX_TOTAL:-100000}")
 
 servers=()
 for asked in "${@:-stock}"; do
@@ -44,6 +52,9 @@ for asked in "${@:-stock}"; do
     downgrade) flags=(--moelb-mode downgrade) vision=1 modes=none,downgrade@1.0 ;;
     resident) vision=1 modes=downgrade@1.0
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}') ;;
+    eplb) modes=eplb
+      flags=(--enable-eplb --ep-num-redundant-experts "${REDUNDANT:-6}"
+        --eplb-rebalance-num-iterations "${REBALANCE:-16}") ;;
     fp8) flags=(--quantization fp8 --deepep-dispatcher-output-dtype auto) ;;
     *) echo "$asked: unknown kind of server" >&2; exit 2 ;;
   esac
@@ -54,7 +65,7 @@ for asked in "${@:-stock}"; do
 done
 await "${!url_of[@]}"
 python3 -m benchmarks.gpu.bench_prefill "${servers[@]/#/--server=}" --skew-file "$MOELB_BENCH_SKEW" \
-  --skews "${SKEWS:-1}" --repeats "$repeats" --requests "$requests" --tokens "$length" \
+  --skews "${SKEWS:-1}" --repeats "$repeats" --warmups "${WARMUPS:-2}" --logs "$out" --requests "$requests" --tokens "$length" \
   --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --outputs "$out/outputs-$size.json" \
   --out "$out/prefill-$size.jsonl"
 code=0
@@ -63,7 +74,7 @@ code=0
   --factor "${FACTOR:-1.0}" --tokens "$length" --requests "$((16 * num_gpus))" \
   --hardware "$(hardware "$num_gpus")" --commit "${COMMIT:-}" --out "$out/verdict.jsonl" || code=$?
 for one in "${servers[@]}"; do
-  [[ $one == *=stock ]] || { IFS='=' read -r kind url _ <<< "$one"
+  [[ $one == *=stock || $one == *=eplb* ]] || { IFS='=' read -r kind url _ <<< "$one"
     curl -s "$url/moelb/status" > "$out/status-$kind-$size.json"; }
 done
 python3 -m benchmarks.gpu.compare_passes "$out"

@@ -62,15 +62,15 @@ expert_parallel=(--tp "${NUM_GPUS:-1}" --ep "${NUM_GPUS:-1}" --dp "${NUM_GPUS:-1
   --enable-dp-attention --moe-a2a-backend deepep --deepep-mode normal
   --moe-runner-backend deep_gemm --deepep-dispatcher-output-dtype bf16)
 
-write_qwen3_moe() { # folder: Qwen3-30B-A3B with 12 layers; weights are SGLang's dummies
+write_qwen3_moe() { # folder: Qwen3-30B-A3B with LAYERS (12) layers; weights are SGLang's dummies
   mkdir -p "$1"
-  cat > "$1/config.json" <<'JSON'
+  cat > "$1/config.json" <<JSON
 {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": false,
  "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "decoder_sparse_step": 1,
  "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
  "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": [],
  "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32,
- "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 12, "num_key_value_heads": 4,
+ "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": ${LAYERS:-12}, "num_key_value_heads": 4,
  "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 151936}
 JSON
