@@ -19,7 +19,8 @@
 # learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". Two ranks that share out
 # hot and cold experts evenly are balanced for the opposite load too: for a history that does not
 # match take experts=8 on both sides. WARMUPS bursts of each are
-# not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS and MAX_TOTAL (KV tokens) size the servers.
+# not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS, MAX_TOTAL (KV tokens) and
+# MEM_FRACTION (0.85) size the servers.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?} size=${SIZE:-large} repeats=${REPEATS:-4}
 lay_plugin moelb_bench moelb_bench=benchmarks.gpu.skew_plugin:register \
@@ -34,7 +35,7 @@ case $size in
 esac
 common=(--model-path "$plugins/model" --load-format dummy --skip-tokenizer-init
   "${expert_parallel[@]}" --chunked-prefill-size "$((tokens * num_gpus))"
-  --max-prefill-tokens "$((tokens * num_gpus))" --mem-fraction-static 0.85
+  --max-prefill-tokens "$((tokens * num_gpus))" --mem-fraction-static "${MEM_FRACTION:-0.85}"
   --max-total-tokens "${MAX_TOTAL:-100000}")
 
 servers=()
