@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import settings
 
 from sglang_moelb.ep.standin.launch import cpu_environment
+
+# Ranks of the tests are forked from one process that has imported what takes them longest.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.multiprocessing"])
 
 # Without deadlines, because two cores are shared.
 settings.register_profile("moelb", deadline=None)
