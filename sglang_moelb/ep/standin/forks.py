@@ -11,7 +11,12 @@ import multiprocessing
 from typing import Any
 
 MANAGERS = "sglang.srt.managers"
-IMPORTED = ("sglang.launch_server", f"{MANAGERS}.scheduler", f"{MANAGERS}.data_parallel_controller")
+IMPORTED = (
+    "sglang_moelb.ep.standin.fork_source",
+    "sglang.launch_server",
+    f"{MANAGERS}.scheduler",
+    f"{MANAGERS}.data_parallel_controller",
+)
 
 
 def fork_processes(result: Any, server_args: Any) -> None:
