@@ -12,9 +12,9 @@ scope=${1:-ci}
 case $scope in
   ci)
     unless_slow=" and not slow"
-    # Left out: what runs without the plugin, and what needs a server for itself.
+    # Left out: what runs without the plugin, what needs a server for itself, and one long test.
     patched_servers=(tests/e2e/test_bit_identity.py tests/e2e/test_levers.py
-      -k "not text_with_tensor and not two_hundred")
+      -k "not text_with_tensor and not hot_changes and not room")
     patched_others=(tests/ep/test_seams.py tests/ep/test_runtime.py tests/ep/test_flags.py)
     ;;
   all) unless_slow="" patched_servers=(tests) patched_others=(tests) ;;

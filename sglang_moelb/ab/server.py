@@ -110,7 +110,7 @@ def serve(
             _wait_ready(server, timeout_s, on_wait)
             yield server
         finally:
-            _end_group(process)
+            end_group(process)
 
 
 def tail(log: Path, num_lines: int = LOG_TAIL_LINES) -> str:
@@ -142,7 +142,8 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a server that leads a process group, and all of the group, and wait for it."""
     # Only the main process at first: SGLang takes the death of a scheduler for a crash, and spends
     # seconds on diagnosing it.
     process.terminate()

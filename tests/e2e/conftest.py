@@ -21,12 +21,11 @@ from typing import TypeAlias
 
 import pytest
 
-from sglang_moelb.ab.server import pick_port
+from sglang_moelb.ab.server import end_group, pick_port
 from sglang_moelb.demo.models import Kind, write_model
 from sglang_moelb.ep.standin.launch import A2A, cpu_environment, cpu_server_args
 
 READY_TIMEOUT_S = 240.0
-END_TIMEOUT_S = 10.0
 POLL_S = 0.25
 LOG_TAIL_CHARS = 6000
 
@@ -42,15 +41,7 @@ class Server:
 
     def stop(self) -> None:
         """End the server's whole process group and wait until it is gone."""
-        for sign, timeout_s in ((signal.SIGTERM, END_TIMEOUT_S), (signal.SIGKILL, END_TIMEOUT_S)):
-            if _group_exists(self.process.pid):
-                os.killpg(self.process.pid, sign)
-            deadline_s = time.monotonic() + timeout_s
-            while time.monotonic() < deadline_s:
-                self.process.poll()
-                if not _group_exists(self.process.pid):
-                    return
-                time.sleep(POLL_S)
+        end_group(self.process)
 
     def tail(self) -> str:
         """The end of the log, for a message."""
@@ -72,9 +63,9 @@ ORDER = (
     "test_controller_faults.py",
     "test_resident.py",
     "test_resident_moves.py",
+    "test_bit_identity.py::test_room",
     "test_downgrade.py",
     "test_replicate.py",
-    "test_bit_identity.py::test_room",
     "test_bit_identity.py::test_without_flags",
     "test_exactness.py::test_stock_agrees_with_transformers_alone_and_in_batches[vl",
     "test_bit_identity.py::test_text_with_tensor_parallel_attention_without",
@@ -203,11 +194,3 @@ def _wait_until_ready(server: Server) -> None:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             time.sleep(POLL_S)
     raise RuntimeError(f"the server was not ready in {READY_TIMEOUT_S:.0f} s; {server.tail()}")
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

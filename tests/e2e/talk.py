@@ -34,6 +34,18 @@ OBSERVE = (
     "--moelb-mode", "observe", "--moelb-config", json.dumps(SETTINGS),
 )  # fmt: skip
 
+# Room for every lever; a server that starts in mode replicate or downgrade has one of the two.
+NUM_SLOTS = 3
+LOW_RULE = {"factor": 1.0, "vision_share": 0.2, "form": "rank"}
+ROOM = (
+    *NO_CACHE, "--moelb-mode", "observe", "--moelb-config",
+    json.dumps({
+        **SETTINGS,
+        "downgrade": {**LOW_RULE, "ready": True},
+        "replicate": {"min_rows": 1, "slots": NUM_SLOTS, "ready": True},
+    }),
+)  # fmt: skip
+
 # SGLang keeps the embedding of an image, rounded as in the batch that first had it; so each image
 # is in one prompt, and those of prompts that are compared to the bit are never sent in a crowd.
 IMAGE = _asked("Describe the picture. " * 8, "gradient")
@@ -41,6 +53,7 @@ TWO_IMAGES = _asked("Which of the two is brighter?", "blocks", "tiny")
 CROWD_IMAGE = _asked("Look closely. " * 8, "noise")
 TEXT = _asked(SEA * 4)
 SHORT = _asked("What is 1234 + 5678?")
+ALONE = (IMAGE, TWO_IMAGES, TEXT, SHORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,17 @@ def observed(serve: Serve) -> Server:
         server = serve("vl", *OBSERVE)
     change(server, {"mode": "observe", **SETTINGS})
     return server
+
+
+_in_observe: dict[Prompt, Said] = {}
+
+
+def said_in_observe(serve: Serve) -> dict[Prompt, Said]:
+    """What the balanced server says to each prompt of `ALONE`; asked once, not at each start."""
+    if not _in_observe:
+        server = observed(serve)
+        _in_observe.update({prompt: say(server, prompt) for prompt in ALONE})
+    return _in_observe
 
 
 def call(server: Server, path: str, body: Any = None) -> tuple[int, Any]:

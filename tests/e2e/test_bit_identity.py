@@ -10,25 +10,26 @@ import pytest
 
 from .conftest import Serve, Server
 from .talk import (
+    ALONE,
     IMAGE,
     NO_CACHE,
     OBSERVE,
+    ROOM,
     SETTINGS,
     SHORT,
     TEXT,
-    TWO_IMAGES,
     Said,
     call,
     change,
     observed,
+    said_in_observe,
     say,
     status,
 )
-from .test_replicate import FLAGS as REPLICATE_FLAGS
 
 pytestmark = pytest.mark.e2e
 
-PROMPTS = {"vl": (IMAGE, TWO_IMAGES, TEXT, SHORT), "text": (TEXT, SHORT)}
+PROMPTS = {"vl": ALONE, "text": (TEXT, SHORT)}
 _said: dict[str, list[Said]] = {}
 
 
@@ -38,7 +39,7 @@ def say_all(server: Server, kind: str) -> list[Said]:
 
 def test_answers_in_observe_and_none_are_collected_and_equal_each_other(serve: Serve) -> None:
     server = observed(serve)
-    _said["vl-observe"] = say_all(server, "vl")
+    _said["vl-observe"] = list(said_in_observe(serve).values())
     assert status(server)["totals"]["num_prefill_passes"] >= 4, "the balancer saw the passes"
     change(server, {"mode": "none"})
     _said["vl-none"] = say_all(server, "vl")
@@ -53,8 +54,8 @@ def test_a_lever_would_change_the_answers(serve: Serve) -> None:
     assert say(server, IMAGE) != _said["vl-observe"][0]
 
 
-def test_room_for_copies_changes_no_answer_in_observe_and_none(serve: Serve) -> None:
-    server = serve("vl", *REPLICATE_FLAGS)
+def test_room_for_levers_changes_no_answer_in_observe_and_none(serve: Serve) -> None:
+    server = serve("vl", *ROOM)
     for mode in ("observe", "none"):
         change(server, {"mode": mode, **SETTINGS})
         assert say_all(server, "vl") == _said["vl-none"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 
 import pytest
@@ -11,10 +10,12 @@ from .conftest import Serve, Server
 from .talk import (
     CROWD_IMAGE,
     IMAGE,
-    NO_CACHE,
+    LOW_RULE,
     NUM_EXPERTS,
     NUM_LAYERS,
     NUM_RANKS,
+    NUM_SLOTS,
+    ROOM,
     SETTINGS,
     SHORT,
     TEXT,
@@ -31,19 +32,14 @@ from .talk import (
 
 pytestmark = pytest.mark.e2e
 
-RULE = {"factor": 1.0, "vision_share": 0.2, "form": "rank"}
-LOW = {"mode": "downgrade", "downgrade": RULE}
-FLAGS = (
-    *NO_CACHE,
-    "--moelb-mode", "downgrade", "--moelb-config", json.dumps({**SETTINGS, "downgrade": RULE}),
-)  # fmt: skip
+LOW = {"mode": "downgrade", "downgrade": LOW_RULE}
 HIDDEN, INNER = 128, 256  # of the demo models' experts
 
 
 @pytest.fixture
 def server(serve: Serve) -> Server:
     """A server with slots, in mode none."""
-    server = serve("vl", *FLAGS)
+    server = serve("vl", *ROOM)
     change(server, {"mode": "none", **SETTINGS})
     return server
 
@@ -78,7 +74,7 @@ def test_a_hot_rank_of_images_is_lowered_and_answers_stay_close(server: Server) 
 def test_the_other_forms_lower_no_more_than_the_rank(server: Server, form: str) -> None:
     whole = said_under(server, LOW, IMAGE)[1][0]
     exact = said_under(server, {"mode": "none"}, IMAGE)[0]
-    said, passes = said_under(server, {**LOW, "downgrade": {**RULE, "form": form}}, IMAGE)
+    said, passes = said_under(server, {**LOW, "downgrade": {**LOW_RULE, "form": form}}, IMAGE)
     assert 0 < sum(passes[0]["low_rows_R"]) <= sum(whole["low_rows_R"])
     assert said != exact
     assert apart(said, exact) < 0.25
@@ -98,7 +94,7 @@ def test_nothing_is_lowered_below_the_factor_and_answers_are_equal_to_the_bit(
 ) -> None:
     exact, _ = said_under(server, {"mode": "none"}, IMAGE)
     # of two ranks none can have more than twice the mean
-    changes = {**LOW, "downgrade": {**RULE, "factor": 2.0}}
+    changes = {**LOW, "downgrade": {**LOW_RULE, "factor": 2.0}}
     said, passes = said_under(server, changes, IMAGE)
     assert passes[0]["lever"] == "downgrade"
     assert passes[0]["low_ranks"] == []
@@ -115,7 +111,7 @@ def test_a_request_that_refuses_is_computed_at_the_models_precision(server: Serv
 
 
 def test_decode_is_never_lowered(server: Server) -> None:
-    everyone = {"mode": "downgrade", "downgrade": {**RULE, "factor": 1e-6, "vision_share": 0.0}}
+    everyone = {"mode": "downgrade", "downgrade": {**LOW_RULE, "factor": 1e-6, "vision_share": 0.0}}
     before = status(server)["downgrade"]["num_low_layers"]
     _, passes = said_under(server, everyone, TWO_IMAGES, num_tokens=8)
     assert passes[0]["low_rows_R"] == passes[0]["rows_before_R"]
@@ -128,7 +124,7 @@ def test_decode_beside_a_prefill_keeps_its_ranks_high_only_if_it_refuses(
     server: Server, refuses: bool
 ) -> None:
     """Requests go to the ranks in turn, so one rank decodes while the other prefills."""
-    everyone = {"mode": "downgrade", "downgrade": {**RULE, "factor": 1e-6, "vision_share": 0.0}}
+    everyone = {"mode": "downgrade", "downgrade": {**LOW_RULE, "factor": 1e-6, "vision_share": 0.0}}
     change(server, everyone)
     asked = {"num_tokens": 40, "custom_params": {"moelb_lossy": not refuses}}
 
@@ -156,7 +152,8 @@ def test_the_memory_that_is_held_is_told_with_what_it_costs(server: Server) -> N
     weights = NUM_EXPERTS // NUM_RANKS * (2 * INNER * HIDDEN + HIDDEN * INNER)
     memory = status(server)["memory"]
     assert memory["staging_bytes"] == 2 * (weights + weights // 128**2 * 4)
-    assert (memory["resident_bytes"], memory["replicas_bytes"]) == (0, 0)
+    assert memory["resident_bytes"] == 0
+    assert memory["replicas_bytes"] == NUM_SLOTS * 4 * (2 * INNER * HIDDEN + HIDDEN * INNER)
     assert memory["kv_tokens_lost"] > 0
     assert "MiB staging" in server.log.read_text()
     code, answer = call(server, "/moelb/config", {"downgrade": {"slots": 1}})

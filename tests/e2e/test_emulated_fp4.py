@@ -7,8 +7,18 @@ import json
 import pytest
 
 from .conftest import Serve
-from .talk import IMAGE, NO_CACHE, NUM_EXPERTS, NUM_RANKS, SETTINGS, TEXT, status
-from .test_downgrade import HIDDEN, INNER, LOW, RULE, apart, said_under
+from .talk import (
+    IMAGE,
+    LOW_RULE,
+    NO_CACHE,
+    NUM_EXPERTS,
+    NUM_RANKS,
+    SETTINGS,
+    TEXT,
+    said_under,
+    status,
+)
+from .test_downgrade import HIDDEN, INNER, LOW, apart
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -20,7 +30,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 def test_a_lowered_rank_answers_otherwise_but_close_and_text_to_the_bit(
     serve: Serve, name: str, num_bytes_a_weight: float
 ) -> None:
-    config = {**SETTINGS, "downgrade": {**RULE, "format": name}}
+    config = {**SETTINGS, "downgrade": {**LOW_RULE, "format": name}}
     flags = ("--moelb-mode", "downgrade", "--moelb-config", json.dumps(config))
     server = serve("vl", *NO_CACHE, *flags)
     exact, _ = said_under(server, {"mode": "none"}, IMAGE)

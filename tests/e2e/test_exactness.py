@@ -221,7 +221,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], list[
     [
         ("text", "deepep", False),
         pytest.param("text", "none", False, marks=pytest.mark.slow),
-        ("deepseek", "deepep", False),
+        pytest.param("deepseek", "deepep", False, marks=pytest.mark.slow),
         ("vl", "deepep", True),
     ],
     ids=["text-tp", "text-without-a2a", "deepseek-tp", "vl-dp"],

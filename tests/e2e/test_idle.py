@@ -1,4 +1,4 @@
-"""A server without requests leaves the cores to others, and still answers at once."""
+"""What a server on CPU spares the cores that it shares with others: imports, and idle loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from .conftest import Serve, Server
-from .talk import SHORT, observed, say
+from .talk import NUM_RANKS, SHORT, observed, say
 
 pytestmark = pytest.mark.e2e
 
@@ -30,3 +30,12 @@ def test_an_idle_server_leaves_the_cores_to_others(serve: Serve) -> None:
     time.sleep(WATCHED_S)
     used_s = cpu_s(server) - used_s
     assert used_s / (time.monotonic() - begun_s) < MAX_CORES
+
+
+def test_processes_are_forked_from_one_that_has_imported_sglang_and_has_no_thread(
+    serve: Serve,
+) -> None:
+    main = psutil.Process(observed(serve).process.pid)
+    (source,) = [p for p in main.children() if "multiprocessing.forkserver" in str(p.cmdline())]
+    assert source.num_threads() == 1, "a fork would leave the other threads and their locks behind"
+    assert len(source.children()) == NUM_RANKS + 2, "ranks, their controller, the detokenizer"

@@ -127,7 +127,10 @@ def test_a_request_that_refuses_is_answered_as_without_a_balancer(serve: Serve) 
     assert agreeing == lossy
 
 
-def test_two_hundred_hot_changes_under_load_fail_no_request(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "num_changes", [40, pytest.param(200, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_hot_changes_under_load_fail_no_request(serve: Serve, num_changes: int) -> None:
     server = observed(serve)
     ended, failures, answered = threading.Event(), [], [0] * 4
 
@@ -146,21 +149,22 @@ def test_two_hundred_hot_changes_under_load_fail_no_request(serve: Serve) -> Non
     for one in clients:
         one.start()
     codes = []
-    for turn in range(200):
+    for turn in range(num_changes):
         mode = ("drop", "expand", "none", "observe", "auto")[turn % 5]
-        body = {"mode": mode, "capacity": {"factor": 0.5 + turn / 200}}
+        body = {"mode": mode, "capacity": {"factor": 0.5 + turn / num_changes}}
         codes.append(call(server, "/moelb/config", body)[0])
     ended.set()
     for one in clients:
         one.join(timeout=60)
     assert not failures, failures[0]
-    assert codes == [200] * 200
+    assert codes == [200] * num_changes
     assert min(answered) > 0
     say(server, SHORT, num_tokens=2)
     now = status(server)
     assert now["controller"]["state"] == "running"
-    assert now["policy"]["epoch"] >= epoch + 200
-    assert (now["mode"], now["config"]["capacity"]["factor"]) == ("auto", 0.5 + 199 / 200)
+    assert now["policy"]["epoch"] >= epoch + num_changes
+    assert now["mode"] == "auto"
+    assert now["config"]["capacity"]["factor"] == 0.5 + (num_changes - 1) / num_changes
     by_lever = now["totals"]["num_passes_by_lever"]
     assert by_lever["drop"] > 0
     assert by_lever["expand"] > 0

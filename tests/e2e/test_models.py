@@ -7,9 +7,7 @@ One stock and one balanced server for each kind of model. What Qwen3 models need
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import pytest
 
 from sglang_moelb.demo.kimi_processor import IMAGE_TOKEN, TinyKimiImageProcessor
 from sglang_moelb.demo.models import Kind
-from sglang_moelb.ep.standin.launch import cpu_environment
 
 from .conftest import Serve, Server
 from .talk import (
@@ -49,7 +46,6 @@ from .test_exactness import (
 )
 
 ROUTERS = Path(__file__).with_name("routers.py")
-TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +168,10 @@ def capacity_over_layers(one: dict[str, Any], topology: dict[str, int]) -> int:
     return max(1, rows) * topology["num_layers"]
 
 
-def test_gate_weights_are_in_proportion_to_the_scores_that_we_take_for_them() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROUTERS)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env={**os.environ, **cpu_environment(2)},
-        check=False,
-    )
+def test_gate_weights_are_in_proportion_to_the_scores_that_we_take_for_them(
+    run_with_sglang: Callable[..., Any],
+) -> None:
+    done = run_with_sglang(ROUTERS.read_text())
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.partition("ANSWERS\n")[2])
     assert set(answers) >= {"qwen3", "deepseek2-groups", "deepseek3", "deepseek3-unnamed", "kimi"}

@@ -18,6 +18,8 @@ from .talk import (
     NUM_EXPERTS,
     NUM_LAYERS,
     NUM_RANKS,
+    NUM_SLOTS,
+    ROOM,
     SETTINGS,
     SHORT,
     TEXT,
@@ -34,7 +36,6 @@ from .talk import (
 
 pytestmark = pytest.mark.e2e
 
-NUM_SLOTS = 3
 KNOBS = {"min_rows": 1}
 MODE = {"mode": "replicate", "replicate": KNOBS}
 START = {**SETTINGS, "replicate": {**KNOBS, "slots": NUM_SLOTS}}
@@ -48,7 +49,7 @@ TOLERANCE = 1e-4
 @pytest.fixture
 def server(serve: Serve) -> Server:
     """A server with slots, in mode none."""
-    server = serve("vl", *FLAGS)
+    server = serve("vl", *ROOM)
     change(server, {"mode": "none", **SETTINGS, "replicate": KNOBS})
     return server
 
@@ -174,6 +175,7 @@ def test_auto_that_may_lose_nothing_takes_no_other_lever_and_answers_as_stock(
 ) -> None:
     exact, _ = said_under(server, {"mode": "none"}, IMAGE)
     limits = {"quality_budget": 0.0, "min_gain": 0.0, "switch_margin": 0.0, "interval_ms": 0.0}
+    limits["downgrade_budget"] = 0.0
     change(server, {**MODE, "mode": "auto", "controller": limits})
     for _ in range(8):
         said: list[Said] = []

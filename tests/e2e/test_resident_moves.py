@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from .conftest import Serve, Server
-from .talk import IMAGE, NO_CACHE, SETTINGS, SHORT, TEXT, call, say, status
+from .talk import IMAGE, SHORT, TEXT, call, say, status
 from .test_exactness import Prompt
-from .test_resident import make_placement
+from .test_resident import MOVES, may_move
 
 pytestmark = pytest.mark.e2e
 
 MOST_REQUESTS, QUIET_REQUESTS = 200, 12
-KNOBS = {"recalibrate": True, "window_passes": 4, "min_gain": 0.01, "move_ms": 20.0}
+MOVE_MS = 20.0
 
 
 @pytest.fixture(scope="module")
 def server(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    path: Path = tmp_path_factory.mktemp("placement") / "p.json"
-    path.write_bytes(make_placement().to_json())
-    config = {**SETTINGS, "resident": {"placement": str(path), **KNOBS}}
-    return serve("vl", *NO_CACHE, "--moelb-mode", "none", "--moelb-config", json.dumps(config))
+    return may_move(serve, tmp_path_factory)
 
 
 def balance(told: dict[str, Any], which: str) -> float:
     """Mean over layers of max/mean rank rows in the last prefill pass."""
     last = [one for one in told["recent"] if one["phase"] == "prefill"][-1]
     return float(np.mean(last[f"balance_{which}_L"]))
+
+
+def let_move(server: Server) -> None:
+    code, answer = call(server, "/moelb/config", {"resident": {"move_ms": MOVE_MS}})
+    assert code == 200, answer
 
 
 def send_until_quiet(server: Server, prompt: Prompt) -> tuple[float, dict[str, Any]]:
@@ -52,6 +52,7 @@ def send_until_quiet(server: Server, prompt: Prompt) -> tuple[float, dict[str, A
 def test_replicas_follow_a_drifting_load_and_answers_stay_close(server: Server) -> None:
     said_before, before = say(server, SHORT, num_tokens=8), status(server)["resident"]
     assert (before["num_done"], before["num_failed"], before["pending"]) == (0, 0, None)
+    let_move(server)
     first, text = send_until_quiet(server, TEXT)
     assert text["resident"]["num_done"] > 0
     assert balance(text, "after") < first
@@ -81,13 +82,12 @@ def test_moves_are_stopped_and_let_go_on_while_serving(server: Server) -> None:
     say(server, IMAGE, num_tokens=2)
     stopped = status(server)
     assert stopped["policy"]["move_ms"] == 0
-    for _ in range(3 * KNOBS["window_passes"]):
+    for _ in range(3 * MOVES["window_passes"]):
         say(server, TEXT, num_tokens=2)
     later = status(server)
     assert later["resident"]["held"] == stopped["resident"]["held"]
     assert later["resident"]["stall_ms"] == stopped["resident"]["stall_ms"]
     assert later["memory"] == stopped["memory"]
-    code, _ = call(server, "/moelb/config", {"resident": {"move_ms": KNOBS["move_ms"]}})
-    assert code == 200
+    let_move(server)
     _, moved = send_until_quiet(server, TEXT)
     assert moved["resident"]["num_done"] > later["resident"]["num_done"]

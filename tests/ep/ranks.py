@@ -1,4 +1,4 @@
-"""Real gloo ranks for the tests: four spawned processes, and among them a group of two.
+"""Real gloo ranks for the tests: four processes, and among them a group of two.
 
 A test sends a function of this folder and one payload a rank; every rank runs it in step with the
 others and sends back what it returned. What a rank raises is raised in the test.
@@ -29,7 +29,7 @@ class Ranks:
     """The processes; `run` is one collective call."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(NUM_PROCESSES):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 from sglang_moelb.ep.standin.launch import cpu_environment
 
-TIMEOUT_S = 120
 PROGRAM = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -18,15 +16,10 @@ print(sender.__name__, sender.supports_host_tensor_indices)
 """
 
 
-def test_mooncakes_sender_does_not_ask_for_pinned_memory_on_a_host() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env={**os.environ, **cpu_environment(2)},
-        check=False,
-    )
+def test_mooncakes_sender_does_not_ask_for_pinned_memory_on_a_host(
+    run_with_sglang: Callable[..., Any],
+) -> None:
+    done = run_with_sglang(PROGRAM)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-2:] == ["MooncakeKVSender", "False"]
 

@@ -7,9 +7,7 @@ Mooncake is installed, in test_disaggregated.py.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import pytest
 
 from sglang_moelb.ab.arms import parse_arms, server_command
 from sglang_moelb.ab.types import Plan
-from sglang_moelb.ep.standin.launch import cpu_environment, cpu_server_args
+from sglang_moelb.ep.standin.launch import cpu_server_args
 
 from .commands import RECIPES, SCRIPTS, command, fits, recipe_values
 
 PARSE = Path(__file__).with_name("parse.py")
-TIMEOUT_S = 240
 SERVERS = [
     (script, recipe)
     for script in SCRIPTS
@@ -69,7 +66,7 @@ def arms_of(recipe: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[tuple[str, ...], dict[str, Any]]:
+def answers(run_with_sglang: Callable[..., Any]) -> dict[tuple[str, ...], dict[str, Any]]:
     """What SGLang's parser makes of every command, by script, recipe and variant."""
     commands = {(script, recipe): command(script, recipe) for script, recipe in SERVERS}
     for script, recipe in SERVERS:
@@ -80,15 +77,8 @@ def answers() -> dict[tuple[str, ...], dict[str, Any]]:
         for arm, words in arms_of(recipe).items():
             commands["ab", recipe, arm] = words
     commands[UNKNOWN] = command("serve_stock", RECIPES[0], "--no-such-flag", "1")
-    done = subprocess.run(
-        [sys.executable, str(PARSE)],
-        input=json.dumps([server_words(words) for words in commands.values()]),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env={**os.environ, **cpu_environment(2)},
-        check=False,
-    )
+    asked = json.dumps([server_words(words) for words in commands.values()])
+    done = run_with_sglang(PARSE.read_text(), stdin=asked)
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout.partition("ANSWERS\n")[2])
     return dict(zip(commands, made, strict=True))

@@ -1,7 +1,7 @@
 """Laws of the stand-in's `Buffer`, on real gloo processes, against loops over tokens.
 
 Shapes: T tokens of a rank, K top-k columns, R ranks, E experts, N rows received, H hidden size.
-Each world size is spawned once; its processes run every case and save what they got.
+Each world size is started once; its processes run every case and save what they got.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def _work(rank: int, num_ranks: int, folder: str) -> None:
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Results of all cases, one entry per rank."""
     folder: Path = tmp_path_factory.mktemp(f"ranks{request.param}")
-    mp.spawn(_work, args=(request.param, str(folder)), nprocs=request.param)
+    mp.start_processes(
+        _work, (request.param, str(folder)), nprocs=request.param, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -31,14 +33,14 @@ def _run(program: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_symbol_is_what_the_installed_sglang_has() -> None:
+def test_every_symbol_is_what_the_installed_sglang_has(run_with_sglang: Callable[..., Any]) -> None:
     program = (
         "from sglang_moelb.ep.standin.hooks import *\n"
         "assert find_symbol_problems(SYMBOLS) == [], find_symbol_problems(SYMBOLS)\n"
         "assert find_shadow_problems() == [], find_shadow_problems()\n"
         "print('checked', len(SYMBOLS))"
     )
-    done = _run(program, cpu_environment(2))
+    done = run_with_sglang(program)
     assert f"checked {len(SYMBOLS)}" in done.stdout, done.stderr
 
 
@@ -63,9 +65,9 @@ print("still running")
     ],
 )
 def test_a_changed_sglang_ends_the_process_with_expected_and_found(
-    mutilation: str, expected: str, found: str
+    run_with_sglang: Callable[..., Any], mutilation: str, expected: str, found: str
 ) -> None:
-    done = _run(MUTILATED.format(mutilation=mutilation), cpu_environment(2))
+    done = run_with_sglang(MUTILATED.format(mutilation=mutilation))
     assert done.returncode == 1, done.stderr
     assert "still running" not in done.stdout
     assert "moelb stand-in cannot be installed" in done.stderr

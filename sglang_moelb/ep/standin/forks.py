@@ -1,0 +1,25 @@
+"""Lets the processes of a server share one import of SGLang.
+
+SGLang spawns them, and each then imports for 8 s of processor time; on a GPU machine they do so on
+cores of their own, here on two. They are forked instead, from a process that has imported SGLang
+and done nothing else: no plugin is loaded in it, and it has no thread, as `multiprocessing` asks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+MANAGERS = "sglang.srt.managers"
+IMPORTED = (
+    "sglang_moelb.ep.standin.fork_source",
+    "sglang.launch_server",
+    f"{MANAGERS}.scheduler",
+    f"{MANAGERS}.data_parallel_controller",
+)
+
+
+def fork_processes(result: Any, server_args: Any) -> None:
+    """After `_set_envs_and_config`, which sets how processes start, before any has."""
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    multiprocessing.set_start_method("forkserver", force=True)
