@@ -90,6 +90,7 @@ class ResidentConfig(_Section, frozen=True):
     move_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 1.0  # stall a pass; 0: none moves
     window_passes: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 128  # prefill passes
     min_gain: Share = 0.05  # of a layer's busiest rank's rows, below which nothing moves
+    split: Literal["even", "quota"] = "even"  # of rows between copies; quota with recalibrate
 
 
 class ControllerConfig(_Section, frozen=True):

@@ -110,6 +110,11 @@ def refuse_change(before: Config, wanted: Config) -> None:
 
 def refuse_beside_resident(config: Config) -> None:
     """Raise `ConfigError` for what does not work with `resident.placement`, or without it."""
+    if config.resident.split == "quota" and not config.resident.recalibrate:
+        raise ConfigError(
+            "moelb config: resident.split is 'quota', but resident.recalibrate is not true: the "
+            "controller follows the load only with it; set it at start, or use resident.split even"
+        )
     if not config.resident.placement:
         if config.resident.recalibrate:
             raise ConfigError(

@@ -122,9 +122,8 @@ class Policy:
     under the lever downgrade a rank above it is lowered where more than `vision_share` of its rows
     are vision, in `form`; under replicate an expert's copy takes `min_copy_rows` or more, and costs
     its sender and its receiver the time of `send_rows` and `receive_rows`; `macs_delta` and
-    `macs_rho` are MACS's delta and rho; `move` is the newest move of a resident replica, 0 for none
-    (`controller.moves`, it has a number of its own beside the epoch), at `move_ms` a pass at most;
-    `reason` is for people.
+    `macs_rho` are MACS's; `move` is the newest move of a resident replica, 0 for none, at `move_ms`
+    a pass at most, and `split` the newest shares of replicas; `reason` is for people.
     """
 
     epoch: int
@@ -148,6 +147,7 @@ class Policy:
     receive_rows: int = 0
     move: int = 0
     move_ms: float = 1.0
+    split: tuple[int, ...] = ()
     reason: str = ""
 
 

@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "capacity.rule": tuple(RULES),
     "capacity.expansion": tuple(EXPANSIONS),
     "downgrade.form": tuple(FORMS),
+    "resident.split": ("even", "quota"),
     "downgrade.format": FORMATS,
     "fault.controller": FAULTS,
 }

@@ -79,6 +79,7 @@ KNOBS = {
     "resident.move_ms": 1.0,
     "resident.window_passes": 128,
     "resident.min_gain": 0.05,
+    "resident.split": "even",
     "controller.window_passes": 32,
     "controller.min_gain": 0.02,
     "controller.switch_margin": 0.01,
@@ -144,6 +145,7 @@ trees = st.fixed_dictionaries(
             optional={
                 "placement": st.just("p.json"),
                 "recalibrate": st.booleans(),
+                "split": st.sampled_from(["even", "quota"]),
                 "move_ms": st.floats(0, 1000),
                 "window_passes": st.integers(2, 4096),
                 "min_gain": share,
@@ -249,7 +251,7 @@ def test_a_policy_has_the_capacity_knobs_of_its_configuration() -> None:
     assert policy.expansion is Expansion.COMPETE
     assert (policy.max_extra_experts, policy.min_batch_tokens) == (5, 9)
     assert (policy.macs_delta, policy.macs_rho) == (3.0, 0.25)
-    assert set(FIELDS) | {"reason"} == set(type(policy).__slots__)
+    assert set(FIELDS) | {"split", "reason"} == set(type(policy).__slots__)
 
 
 BAD: dict[str, list[Any]] = {
@@ -283,6 +285,7 @@ BAD: dict[str, list[Any]] = {
     "resident.move_ms": [-0.1, 1001, "1ms", None],
     "resident.window_passes": [0, 1, 4097, 1.5],
     "resident.min_gain": [-0.01, 1.01, "x"],
+    "resident.split": ["Quota", "", 1, None],
     "controller.window_passes": [0, -1, 4097, 1.5],
     "controller.min_gain": [-0.01, 1.01, "x"],
     "controller.switch_margin": [-0.01, 2],
@@ -444,6 +447,8 @@ def test_nothing_that_acts_or_forecasts_goes_beside_a_resident_placement(
 
 
 def test_replicas_move_only_from_a_placement_and_are_stopped_but_not_begun_while_serving() -> None:
+    with pytest.raises(ConfigError, match=r"split is 'quota', but resident\.recalibrate is not"):
+        refuse_beside_resident(merge(Config(), {"resident": {"split": "quota"}}))
     with pytest.raises(ConfigError, match=r"recalibrate is True, but resident\.placement is not"):
         refuse_beside_resident(merge(Config(), {"resident": {"recalibrate": True}}))
     still = merge(Config(), {"resident": {"placement": "p.json"}})

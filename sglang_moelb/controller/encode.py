@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang_moelb.controller.split import NUM_WORDS as NUM_SPLITS
 from sglang_moelb.types import (
     Expansion,
     Form,
@@ -44,18 +45,20 @@ FIELDS = (
     "move_ms",
 )
 FIXED_POINT = frozenset({"capacity_factor", "macs_delta", "macs_rho", "vision_share", "move_ms"})
-NUM_WORDS = len(FIELDS)
+NUM_WORDS = len(FIELDS) + NUM_SPLITS
 MILLION = 1_000_000
 
 
 def encode(policy: Policy) -> tuple[int, ...]:
     """`policy` without its reason as NUM_WORDS integers that fit int64. Runs on the host. Ours."""
-    return tuple(
+    assert len(policy.split) <= NUM_SPLITS, policy
+    fields = tuple(
         round(getattr(policy, name) * MILLION)
         if name in FIXED_POINT
         else int(getattr(policy, name))
         for name in FIELDS
     )
+    return (*fields, *policy.split, *(0,) * (NUM_SPLITS - len(policy.split)))
 
 
 def decode(words: Sequence[int], reason: str) -> Policy:
@@ -69,7 +72,7 @@ def decode(words: Sequence[int], reason: str) -> Policy:
             f"policy: expected {NUM_WORDS} words, found {len(words)}. Run the same version of "
             "sglang_moelb on all ranks."
         )
-    word = dict(zip(FIELDS, (int(w) for w in words), strict=True))
+    word = dict(zip(FIELDS, (int(w) for w in words), strict=False))
     return Policy(
         epoch=word["epoch"],
         lever=Lever(word["lever"]),
@@ -92,5 +95,6 @@ def decode(words: Sequence[int], reason: str) -> Policy:
         receive_rows=word["receive_rows"],
         move=word["move"],
         move_ms=word["move_ms"] / MILLION,
+        split=tuple(int(w) for w in words[len(FIELDS) :] if w),
         reason=reason,
     )

@@ -76,6 +76,7 @@ class Moved:
     num_bytes: int = 0  # sent to every rank
     stall_us: int = 0  # of all passes together
     max_stall_us: int = 0  # of one pass
+    split: tuple[int, ...] = ()  # the shares of copies that were taken last, as the policy has them
 
 
 def held_by(layer: LayerPlacement, topology: Topology, num_slots: int) -> Held:

@@ -79,6 +79,18 @@ class Recalibration:
         """The newest move for the policy (`Move.word`); 0 before the first."""
         return self._move.word() if self._move else 0
 
+    @property
+    def moving(self) -> frozenset[int]:
+        """The layer whose move is under way, if any."""
+        return frozenset({self._move.layer} if self._move and self._is_pending else ())
+
+    def rows(self) -> IntArray | None:
+        """Rows of the whole window by layer and logical expert; None while it is not full."""
+        if len(self._window) < self._config.window_passes:
+            return None
+        rows_LE: IntArray = np.sum(self._window, axis=0)
+        return rows_LE
+
     def reconfigure(self, config: ResidentConfig) -> None:
         """Take other knobs; the newest passes are kept."""
         if config.window_passes != self._config.window_passes:

@@ -7,8 +7,11 @@ Shape letters: P passes, L MoE layers, E logical experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from sglang_moelb.controller.split import UNITS, Shares, ranks_of
 from sglang_moelb.placement import LayerPlacement, LoadFigures
 from sglang_moelb.types import FloatArray, IntArray, Topology
 
@@ -36,24 +39,37 @@ def rank_rows(
     return rows_PLR
 
 
-class EvenSplit:
+class SplitRows:
     """Whole rows of each rank where rows are dealt to copies one by one, an original first.
+
+    Experts with shares are dealt by them.
 
     An estimate of what a server does: it deals by the places of tokens, not by experts.
     """
 
-    def __init__(self, layers: tuple[LayerPlacement, ...], topology: Topology) -> None:
+    def __init__(
+        self,
+        layers: tuple[LayerPlacement, ...],
+        topology: Topology,
+        shares_L: Sequence[Shares] = (),
+    ) -> None:
         self._num_ranks = topology.num_ranks
-        homes, moved = [], []
+        homes, moved, shared = [], [], []
         for number, layer in enumerate(layers):
-            ranks: dict[int, list[int]] = {}
-            for replica in layer.replicas:
-                home = replica.expert // topology.experts_per_rank
-                ranks.setdefault(replica.expert, [home]).append(replica.rank)
-            for expert, held in ranks.items():
+            shares = shares_L[number] if shares_L else {}
+            for expert, held in ranks_of(layer, topology).items():
                 homes.append((number, expert, held[0]))
+                if own := shares.get(expert):
+                    ends = np.cumsum(own).tolist()
+                    begins = (0, *ends[:-1])
+                    shared += [
+                        (number, expert, rank, begin, end)
+                        for rank, begin, end in zip(held, begins, ends, strict=True)
+                    ]
+                    continue
                 for turn, rank in enumerate(held):
                     moved.append((number, expert, rank, turn, len(held)))
+        self._shared = np.array(shared, dtype=np.int64).reshape(-1, 5).T
         self._homes = np.array(homes, dtype=np.int64).reshape(-1, 3).T
         self._moved = np.array(moved, dtype=np.int64).reshape(-1, 5).T
 
@@ -65,6 +81,9 @@ class EvenSplit:
         layer, expert, rank, turn, num_copies = self._moved
         rows = rows_LE[layer, expert]
         np.add.at(rows_LR, (layer, rank), rows // num_copies + (turn < rows % num_copies))
+        layer, expert, rank, begin, end = self._shared
+        rows = rows_LE[layer, expert]
+        np.add.at(rows_LR, (layer, rank), rows * end // UNITS - rows * begin // UNITS)
         return rows_LR
 
 

@@ -12,8 +12,10 @@ import msgspec
 
 from sglang_moelb.config import Config
 from sglang_moelb.controller.controller import Controller
+from sglang_moelb.controller.moves import Moved
 from sglang_moelb.controller.recalibrate import Recalibration
-from sglang_moelb.controller.resident_load import EvenSplit
+from sglang_moelb.controller.resident_load import SplitRows
+from sglang_moelb.controller.split import Splitting
 from sglang_moelb.ep.build_record import build, rows_by_source
 from sglang_moelb.ep.controller_messages import (
     UNCHANGED,
@@ -43,6 +45,8 @@ class Worker:
         self._shared = shared
         self._controller = Controller(setup.config, setup.topology)
         self._recalibration = _recalibration(setup)
+        self._config = setup.config.resident
+        self._splitting = Splitting(setup.topology)
         self._said = self._with_move(self._controller.policy)
         self._ledger = Ledger(setup.topology)
         self._trace = _trace(setup)
@@ -102,7 +106,7 @@ class Worker:
                     "expected_lost_mass_share": decision.expected_lost_mass_share,
                     "spent_mass_share": effects.estimate.spent_mass_share,
                 }
-                | ({"resident": self._recalibration.reason} if self._recalibration else {})
+                | ({"resident": self._resident_reason()} if self._recalibration else {})
             ),
             verdict=self._judgement(effects),
             heat=raw(heat) if heat else UNCHANGED,
@@ -114,6 +118,7 @@ class Worker:
         """Take a new configuration."""
         if self._recalibration:
             self._recalibration.reconfigure(config.resident)
+            self._config = config.resident
         self._said = self._with_move(self._controller.reconfigure(config))
         if self._trace:
             self._trace.reconfigure(config)
@@ -133,17 +138,37 @@ class Worker:
         return policy
 
     def _with_move(self, policy: Policy) -> Policy:
-        return replace(policy, move=self._recalibration.word) if self._recalibration else policy
+        if not self._recalibration:
+            return policy
+        return replace(policy, move=self._recalibration.word, split=self._splitting.words)
+
+    def _resident_reason(self) -> str:
+        assert self._recalibration
+        why = self._recalibration.reason
+        return f"{why}; shares: {self._splitting.reason}" if self._config.split == "quota" else why
+
+    def _share(self, moved: Moved | None) -> None:
+        """Let the shares of copies follow the load, or end."""
+        follows, splitting = self._recalibration, self._splitting
+        assert follows
+        is_even = self._config.split == "even"
+        rows_LE = follows.rows()
+        if rows_LE is None or moved is None or (is_even and not splitting.words):
+            return
+        splitting.step(rows_LE, follows.layers, moved.split, skip=follows.moving, is_even=is_even)
 
     def _recalibrate(self, record: StepRecord, told: RawPass) -> None:
         """Let the placement follow the load, and the split of rows the placement."""
         follows = self._recalibration
         if not follows:
             return
-        before = follows.layers
+        before = follows.layers, self._splitting.words
         follows.step(record.rows_LEM.sum(axis=2), told.agreed.moved)
-        if follows.layers is not before:
-            self._split = EvenSplit(follows.layers, self._setup.topology)
+        self._share(told.agreed.moved)
+        if (follows.layers, self._splitting.words) != before:
+            self._split = SplitRows(
+                follows.layers, self._setup.topology, self._splitting.shares_of(follows.layers)
+            )
         if self._metrics and told.agreed.moved:
             self._metrics.add_moves(told.agreed.moved)
 
@@ -180,7 +205,7 @@ def _recalibration(setup: Setup) -> Recalibration | None:
     return Recalibration(resident, load(Path(resident.placement)).layers, setup.topology)
 
 
-def _even_split(setup: Setup) -> EvenSplit | None:
+def _even_split(setup: Setup) -> SplitRows | None:
     """What resident copies make of the rows; the ranks have found the file to fit before."""
     path = setup.config.resident.placement
-    return EvenSplit(load(Path(path)).layers, setup.topology) if path else None
+    return SplitRows(load(Path(path)).layers, setup.topology) if path else None

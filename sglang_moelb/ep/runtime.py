@@ -247,7 +247,7 @@ class Runtime:
         if self._replicate:
             answer["replicate"] = self._replicate.told()
         if self._resident and self._resident.mover:
-            answer["resident"] = self._resident.mover.told()
+            answer["resident"] = self._resident.mover.told() | self._resident.told()
         if self._controller:
             answer |= self._controller.status()
         return answer

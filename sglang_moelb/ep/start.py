@@ -71,7 +71,7 @@ def attach_to(model_runner: Any, config: Config) -> None:
     runtime = Runtime(
         seat,
         config,
-        MovingAgreement(agreement, mover) if mover else agreement,
+        MovingAgreement(agreement, mover, resident) if resident and mover else agreement,
         exchange_for(
             group.device_group,
             num_layers=seat.topology.num_layers,

@@ -61,11 +61,11 @@ def test_the_fields_that_travel_are_these() -> None:
         "move",
         "move_ms",
     )
-    assert NUM_WORDS == 21
+    assert NUM_WORDS == 21 + 16, "the shares of 16 experts come last"
 
 
 def test_every_field_of_a_policy_but_the_reason_travels() -> None:
-    assert [*FIELDS, "reason"] == [f.name for f in fields(Policy)]
+    assert [*FIELDS, "split", "reason"] == [f.name for f in fields(Policy)]
 
 
 @given(policies)
@@ -89,7 +89,7 @@ def test_the_reason_does_not_travel() -> None:
 
 
 def test_words_of_another_version_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 21 words, found 20"):
+    with pytest.raises(ValueError, match="expected 37 words, found 36"):
         decode(encode(Policy(epoch=0))[:-1], "")
     with pytest.raises(ValueError, match="9 is not a valid Lever"):
         decode((0, 9, *encode(Policy(epoch=0))[2:]), "")

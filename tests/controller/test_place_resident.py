@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moelb.controller.place_resident import ResidentLimits, place_resident
-from sglang_moelb.controller.resident_load import EvenSplit, LoadSums, lis, rank_rows
+from sglang_moelb.controller.resident_load import LoadSums, SplitRows, lis, rank_rows
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -140,7 +140,7 @@ def test_an_even_split_of_whole_rows_loses_none_and_is_near_the_halves(
 ) -> None:
     rows, importance, topology, limits = case
     layers = place_resident(rows, importance, topology, limits)
-    split_LR = EvenSplit(layers, topology)(rows)
+    split_LR = SplitRows(layers, topology)(rows)
     assert (split_LR.sum(axis=1) == rows.sum(axis=1)).all()
     num_copies = max(len(layer.replicas) for layer in layers) + 1
     assert np.abs(split_LR - rank_rows(rows[None], layers, topology)[0]).max() <= num_copies

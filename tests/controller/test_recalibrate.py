@@ -25,7 +25,7 @@ from sglang_moelb.controller.moves import (
 )
 from sglang_moelb.controller.place_resident import replicas_for
 from sglang_moelb.controller.recalibrate import Recalibration
-from sglang_moelb.controller.resident_load import EvenSplit
+from sglang_moelb.controller.resident_load import SplitRows
 from sglang_moelb.placement import LayerPlacement, Replica
 from sglang_moelb.types import FloatArray, Topology
 
@@ -68,7 +68,7 @@ class Server:
         for _ in range(num_passes):
             rows_LE = self._drawn.multinomial(NUM_ROWS, share_E, size=TOPOLOGY.num_layers)
             self.follows.step(rows_LE, self.moved)
-            rows_LR = EvenSplit(self.follows.layers, TOPOLOGY)(rows_LE)
+            rows_LR = SplitRows(self.follows.layers, TOPOLOGY)(rows_LE)
             self.balances.append(float((rows_LR.max(axis=1) / rows_LR.mean(axis=1)).mean()))
             self._advance(fails)
 

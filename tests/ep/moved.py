@@ -56,17 +56,25 @@ class World:
             [self.layer], [self.stored], layouts, [self.placement], self.copies, sizes, self.rank,
             self.group,
         )  # fmt: skip
-        self.agreement = MovingAgreement(Agreement(self.group), self.mover)
+        self.agreement = MovingAgreement(Agreement(self.group), self.mover, self.copies)
 
-    def run_pass(self, move: Move | None, *, move_ms: float = 1.0, num_tokens: int = 1) -> Agreed:
-        """Open a pass in which the leader's policy wants `move`."""
+    def run_pass(
+        self,
+        move: Move | None,
+        *,
+        move_ms: float = 1.0,
+        num_tokens: int = 1,
+        split: tuple[int, ...] = (),
+    ) -> Agreed:
+        """Open a pass in which the leader's policy wants `move` and the shares `split`."""
         word = move.word() if move and self.rank == 0 else 0
         sizes = Sizes(
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens,
             phase="prefill" if num_tokens else "idle",
         )
-        self.agreement.start(Policy(epoch=1, move=word, move_ms=move_ms), sizes)
+        split = split if self.rank == 0 else ()
+        self.agreement.start(Policy(epoch=1, move=word, move_ms=move_ms, split=split), sizes)
         return self.agreement.finish()
 
     def run_moves(

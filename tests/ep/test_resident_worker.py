@@ -14,6 +14,7 @@ import pytest
 
 from sglang_moelb.config import Config, merge
 from sglang_moelb.controller.moves import Moved, move_of
+from sglang_moelb.controller.split import UNITS, split_of
 from sglang_moelb.ep import controller_worker
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.controller_messages import RawPass, Setup, encode, to_controller
@@ -92,6 +93,27 @@ def test_the_policy_carries_the_move_and_the_split_of_rows_follows_when_it_is_do
     assert reasons[0] == "1 of 4 prefill passes seen"
     assert any(f"expert {HOT} in slot 0 of rank 0" in reason for reason in reasons)
     assert max(splits[-1]) < min(splits[0]), "rows are split as the new placement has them"
+
+
+def test_by_quota_the_policy_carries_shares_and_goes_back_to_even_when_told(worker: Worker) -> None:
+    config = merge(worker._setup.config, {"resident": {"split": "quota", "move_ms": 0}})
+    policy = worker.reconfigure(config).policy
+    moved, balances = Moved(), []
+    for step in range(20):
+        answer = worker.read(told(step, moved, policy))
+        policy = answer.policy or policy
+        moved = Moved(split=policy.split)
+        balances.append(msgspec.msgpack.decode(answer.row)["balance_after_L"])
+    splits = [split_of(word) for word in policy.split]
+    assert splits
+    assert all(split is not None and sum(split.shares) == UNITS for split in splits)
+    assert "busiest rank" in msgspec.msgpack.decode(answer.decision)["resident"]
+    assert max(balances[-1]) != max(balances[0]), "what the status shows follows the shares"
+    policy = worker.reconfigure(merge(config, {"resident": {"split": "even"}})).policy
+    for step in range(20, 24):
+        policy = worker.read(told(step, moved, policy)).policy or policy
+        moved = Moved(split=policy.split)
+    assert all(not split_of(word).shares for word in policy.split)  # type: ignore[union-attr]
 
 
 def test_a_limit_of_0_travels_with_the_policy_at_once(worker: Worker) -> None:

@@ -136,7 +136,7 @@ def main() -> None:
     layers, stored_L, layouts_L, copies = make(first)
     placed_L = [placed(num_ranks, first)] * NUM_LAYERS
     mover = Mover(layers, stored_L, layouts_L, placed_L, copies, topology, rank, group)
-    passes = Passes(MovingAgreement(Agreement(hosts, one_host=True), mover))
+    passes = Passes(MovingAgreement(Agreement(hosts, one_host=True), mover, copies))
     for _ in range(NUM_STILL):
         passes.run(0)
     passes.report(rank, "no move")

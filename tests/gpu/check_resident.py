@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout
 
+from sglang_moelb.controller.split import MOST_SHARED, UNITS, bounds_of
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.weights import NAMES, WEIGHTS, high_bytes, store
 from sglang_moelb.kernels.choose_copy import choose_copy, ref
@@ -101,26 +102,33 @@ def check_choice(place: LayerLayout, rank: int) -> None:
     """Equal to the reference, in a graph too; and its time."""
     copies_EC = torch.tensor(place.copies_EC, dtype=torch.int32, device="cuda")
     num_copies_E = torch.tensor(place.num_copies_E, dtype=torch.int32, device="cuda")
+    bounds_EB = torch.zeros(NUM_EXPERTS, MOST_SHARED - 1, dtype=torch.int32, device="cuda")
+    shared = torch.nonzero(num_copies_E == 2).flatten()[::2].tolist()
+    for expert, share in zip(shared, (20, 63, 1, 40) * len(shared), strict=False):
+        bounds_EB[expert] = torch.tensor(bounds_of((share, UNITS - share)))
+    print(f"rank {rank}: {len(shared)} experts by shares")
     for num_tokens in (0, 1, 64, 4096, 16384):
         ids_TK = torch.rand(num_tokens, NUM_EXPERTS, device="cuda").topk(TOPK, dim=1).indices
         ids_TK[::7, 1] = -1
-        out_TK = choose_copy(ids_TK, copies_EC, num_copies_E, shift=rank)
-        if not torch.equal(out_TK, ref.choose_copy(ids_TK, copies_EC, num_copies_E, shift=rank)):
+        tables = copies_EC, num_copies_E, bounds_EB
+        out_TK = choose_copy(ids_TK, *tables, shift=rank)
+        if not torch.equal(out_TK, ref.choose_copy(ids_TK, *tables, shift=rank)):
             raise SystemExit(f"choose_copy of {num_tokens} tokens differs from its reference")
         if num_tokens:
-            time_us = graph_us(ids_TK, copies_EC, num_copies_E, rank)
+            time_us = graph_us(ids_TK, tables, rank)
             print(f"rank {rank}: choose_copy of {num_tokens} tokens {time_us:.1f} us")
 
 
-def graph_us(
-    ids_TK: torch.Tensor, copies_EC: torch.Tensor, num_copies_E: torch.Tensor, rank: int
-) -> float:
-    """Median time of a call in a CUDA graph that is replayed on other ids."""
+def graph_us(ids_TK: torch.Tensor, tables: tuple[torch.Tensor, ...], rank: int) -> float:
+    """Median time of a call in a CUDA graph that is replayed on other ids and other shares."""
+    bounds_EB = tables[2]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(CALLS_IN_GRAPH):
-            out_TK = choose_copy(ids_TK, copies_EC, num_copies_E, shift=rank)
+            out_TK = choose_copy(ids_TK, *tables, shift=rank)
     ids_TK.copy_(ids_TK.flip(0))
+    first_E = bounds_EB[:, 0]
+    bounds_EB[:, 0] = torch.where(first_E > 0, UNITS - first_E, 0)
     times_us = []
     for _ in range(20):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -129,7 +137,7 @@ def graph_us(
         end.record()
         end.synchronize()
         times_us.append(1000 * start.elapsed_time(end) / CALLS_IN_GRAPH)
-    if not torch.equal(out_TK, ref.choose_copy(ids_TK, copies_EC, num_copies_E, shift=rank)):
+    if not torch.equal(out_TK, ref.choose_copy(ids_TK, *tables, shift=rank)):
         raise SystemExit("choose_copy in a graph differs from its reference")
     return float(statistics.median(times_us))
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_moelb.controller.split import MOST_SHARED, Split, bounds_of
 from sglang_moelb.ep.expert_rows import dispose, in_dtype
 from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.masked import run_masked
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.choose_copy import choose_copy
 from sglang_moelb.placement import LayerLayout
+
+MOST_TOLD = 64  # experts whose shares the status shows
 
 if TYPE_CHECKING:
     from sglang_moelb.ep.resident.move import Mover
@@ -52,6 +55,10 @@ class ResidentExperts:
             torch.tensor(layout.num_copies_E, dtype=torch.int32, device=device)
             for layout in layouts_L
         ]
+        self._counts_L = [layout.num_copies_E.tolist() for layout in layouts_L]
+        self._shares: dict[tuple[int, int], tuple[int, ...]] = {}
+        shape = len(layouts_L[0].num_copies_E), MOST_SHARED - 1
+        self._bounds_L = [torch.zeros(shape, dtype=torch.int32, device=device) for _ in layouts_L]
 
     def physical(self, layer: int, topk_output: Any) -> Any:
         """`topk_output` with each row's expert replaced by the copy that is to compute it."""
@@ -59,12 +66,13 @@ class ResidentExperts:
             topk_output.topk_ids,
             self._copies_L[layer],
             self._num_copies_L[layer],
+            self._bounds_L[layer],
             shift=self._rank,
         )
         return topk_output._replace(topk_ids=ids_TK)
 
     def send_to(self, layer: int, expert: int, physical: Sequence[int]) -> None:
-        """Send rows of `expert` to the copies with these ids, its original first, from now on.
+        """Send rows of `expert` evenly to the copies with these ids, its original first.
 
         Written in place, on the current stream, without a sync: a captured graph reads it too.
         """
@@ -74,9 +82,30 @@ class ResidentExperts:
             (copies_EC[expert], row),
             (num_copies_E[expert : expert + 1], [len(physical)]),
         ):
-            # Pinned, or the copy would wait for the device.
-            new = torch.tensor(values, dtype=torch.int32, pin_memory=to.is_cuda)
-            to.copy_(new, non_blocking=True)
+            _write(to, values)
+        self._counts_L[layer][expert] = len(physical)
+        self.share(Split(layer=layer, expert=expert, shares=()))
+
+    def share(self, split: Split) -> None:
+        """Split rows of an expert by shares of its copies, or evenly where there are none.
+
+        Not where it has another number of copies. Written like the maps, see `send_to`.
+        """
+        at, shares = (split.layer, split.expert), split.shares
+        if len(shares) not in (0, self._counts_L[split.layer][split.expert]):
+            return
+        self._shares.pop(at, None)
+        if shares:
+            self._shares[at] = shares
+        _write(self._bounds_L[split.layer][split.expert], bounds_of(shares))
+
+    def told(self) -> dict[str, Any]:
+        """Shares for the status, plain JSON types: of MOST_TOLD experts at most."""
+        told = [
+            {"layer": layer, "expert": expert, "shares": list(shares)}
+            for (layer, expert), shares in sorted(self._shares.items())[:MOST_TOLD]
+        ]
+        return {"num_shared": len(self._shares), "shares": told}
 
     def run(self, module: Any, dispatch_output: Any) -> Any:
         """Run a layer's experts: at most one grouped run a precision, their rows added.
@@ -109,6 +138,12 @@ class ResidentExperts:
         added = in_dtype(fp8.run(module, low_output, stored.low), dtype)
         rows_NH = done.hidden_states + added.hidden_states
         return added._replace(hidden_states=rows_NH, topk_ids=ids_NK)
+
+
+def _write(to: torch.Tensor, values: Sequence[int]) -> None:
+    # Pinned, or the copy would wait for the device.
+    new = torch.tensor(values, dtype=torch.int32, pin_memory=to.is_cuda)
+    to.copy_(new, non_blocking=True)
 
 
 def _run_high(module: Any, dispatch_output: Any) -> Any:
