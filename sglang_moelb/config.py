@@ -20,7 +20,6 @@ from sglang_moelb.words import CHOICES
 
 CONFIG_VARIABLE = "SGLANG_MOELB_CONFIG"
 TRACE_VARIABLE = "SGLANG_MOELB_TRACE"
-STANDIN_VARIABLE = "SGLANG_MOELB_STANDIN"
 
 # Policies travel between ranks as millionths in int64, and capacities are multiplied in int64.
 Factor = Annotated[float, msgspec.Meta(ge=1e-6, le=1000)]
@@ -205,16 +204,6 @@ def trace_folder() -> str:
 def trace_tokens() -> int:
     """One prefill pass of how many is traced token by token; 0 for none."""
     return int(os.environ.get(TRACE_VARIABLE, "").partition(":")[0] or 0)
-
-
-def standin_requested() -> bool:
-    """Whether this process is to run DeepEP's path on CPU (`ep/standin`)."""
-    return os.environ.get(STANDIN_VARIABLE, "") == "1"
-
-
-def plugin_filters() -> tuple[str, str]:
-    """SGLang's own choice of plugins: `SGLANG_PLUGINS` and `SGLANG_PLATFORM`, "" where not set."""
-    return os.environ.get("SGLANG_PLUGINS", ""), os.environ.get("SGLANG_PLATFORM", "")
 
 
 def flat(config: Config) -> dict[str, Any]:

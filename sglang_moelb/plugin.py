@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_moelb import config
+from sglang_moelb import environment
 
 
 def register() -> None:
@@ -23,7 +23,7 @@ def serve_backend() -> Any:
 
 def register_standin() -> None:
     """Make SGLang's DeepEP path run on CPU, if the environment asks for it."""
-    if config.standin_requested():
+    if environment.standin_requested():
         from sglang_moelb.ep.standin import hooks
 
         hooks.register()

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sglang_moelb.config import (
     CHOICES,
     CONFIG_VARIABLE,
-    STANDIN_VARIABLE,
     TRACE_VARIABLE,
     Config,
     ConfigError,
@@ -23,12 +22,12 @@ from sglang_moelb.config import (
     merge,
     parse,
     policy_of,
-    standin_requested,
     to_environment,
     trace_folder,
     trace_tokens,
 )
 from sglang_moelb.controller.encode import FIELDS, decode, encode
+from sglang_moelb.environment import STANDIN_VARIABLE, standin_requested
 from sglang_moelb.hot_config import (
     START_KNOBS,
     from_numbers,

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from importlib.util import find_spec
 from pathlib import Path
 
-from sglang_moelb import config
+from sglang_moelb import environment
 from sglang_moelb.doctor.facts import (
     Facts,
     Gpu,
@@ -64,7 +64,7 @@ _PIN = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s;,]+)")
 def probe() -> Facts:
     """All facts; seconds at most."""
     gpus, driver = _gpus()
-    plugins, platform_name = config.plugin_filters()
+    plugins, platform_name = environment.plugin_filters()
     return Facts(
         system=f"{platform.system()} {platform.machine()}",
         python=sys.version_info[:3],

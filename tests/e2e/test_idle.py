@@ -7,8 +7,10 @@ import time
 import psutil
 import pytest
 
+from sglang_moelb.environment import SPAWN_VARIABLE
+
 from .conftest import Serve, Server
-from .talk import NUM_RANKS, SHORT, observed, say
+from .talk import NUM_RANKS, OBSERVE, SHORT, observed, say, status, until
 
 pytestmark = pytest.mark.e2e
 
@@ -30,6 +32,15 @@ def test_an_idle_server_leaves_the_cores_to_others(serve: Serve) -> None:
     time.sleep(WATCHED_S)
     used_s = cpu_s(server) - used_s
     assert used_s / (time.monotonic() - begun_s) < MAX_CORES
+
+
+@pytest.mark.slow
+def test_processes_that_are_spawned_as_on_gpus_have_the_plugin_too(serve: Serve) -> None:
+    server = serve("text", *OBSERVE, env={SPAWN_VARIABLE: "1"}, attention_dp=False)
+    main = psutil.Process(server.process.pid)
+    assert not [p for p in main.children() if "multiprocessing.forkserver" in str(p.cmdline())]
+    say(server, SHORT)
+    until(lambda: [one["phase"] for one in status(server)["recent"]].count("prefill") > 0)
 
 
 def test_processes_are_forked_from_one_that_has_imported_sglang_and_has_no_thread(

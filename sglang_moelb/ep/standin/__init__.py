@@ -3,5 +3,5 @@
 The modules: `deep_ep_buffer` the communication buffer over `torch.distributed`; `experts` the
 reference expert computation; `hooks` the plugin entry point that lifts what stands in SGLang's way;
 `launch` the environment and the flags of a server; `site/` the folder put first on PYTHONPATH.
-Nothing here is active unless `sglang_moelb.config.standin_requested()` says so.
+Nothing here is active unless `sglang_moelb.environment.standin_requested()` says so.
 """

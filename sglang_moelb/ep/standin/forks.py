@@ -3,12 +3,15 @@
 SGLang spawns them, and each then imports for 8 s of processor time; on a GPU machine they do so on
 cores of their own, here on two. They are forked instead, from a process that has imported SGLang
 and done nothing else: no plugin is loaded in it, and it has no thread, as `multiprocessing` asks.
+With SGLANG_MOELB_STANDIN_SPAWN=1 they are spawned as SGLang does it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from typing import Any
+
+from sglang_moelb.environment import spawn_requested
 
 MANAGERS = "sglang.srt.managers"
 IMPORTED = (
@@ -21,5 +24,7 @@ IMPORTED = (
 
 def fork_processes(result: Any, server_args: Any) -> None:
     """After `_set_envs_and_config`, which sets how processes start, before any has."""
+    if spawn_requested():
+        return
     multiprocessing.set_forkserver_preload(list(IMPORTED))
     multiprocessing.set_start_method("forkserver", force=True)

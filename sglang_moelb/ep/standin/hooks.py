@@ -1,8 +1,8 @@
 """The SGLang plugin `moelb_standin`: lifts what keeps the DeepEP path from running without a GPU.
 
 `register` is its entry point. It runs in every process of a server and does nothing unless
-`sglang_moelb.config.standin_requested()`. SGLang's plugin loader logs and swallows every exception
-but `SystemExit`, therefore each touched symbol is resolved and compared with `SYMBOLS` before
+`sglang_moelb.environment.standin_requested()`. SGLang's plugin loader logs and swallows every
+exception but `SystemExit`, therefore each touched symbol is resolved and compared with `SYMBOLS` before
 anything is installed, and a mismatch ends the process with what was expected and found.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sglang_moelb.config import standin_requested
+from sglang_moelb.environment import standin_requested
 from sglang_moelb.ep.standin.symbols import (
     APPLY,
     DP_RECEIVE,

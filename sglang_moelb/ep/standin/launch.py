@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from sglang_moelb.config import STANDIN_VARIABLE
+from sglang_moelb.environment import STANDIN_VARIABLE
 from sglang_moelb.ep.standin.deep_ep_checks import SUPPORTED_NUM_RANKS
 from sglang_moelb.ep.standin.hooks import SITE
 
