@@ -2,8 +2,8 @@
 
 `register` is its entry point. It runs in every process of a server and does nothing unless
 `sglang_moelb.environment.standin_requested()`. SGLang's plugin loader logs and swallows every
-exception but `SystemExit`, therefore each touched symbol is resolved and compared with `SYMBOLS` before
-anything is installed, and a mismatch ends the process with what was expected and found.
+exception but `SystemExit`, therefore each touched symbol is resolved and compared with `SYMBOLS`
+before anything is installed, and a mismatch ends the process with what was expected and found.
 """
 
 from __future__ import annotations
