@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,6 +21,8 @@ from typing import IO, Any
 import sglang.launch_server
 import sglang.srt.layers.moe.token_dispatcher.deepep
 import sglang.srt.managers.scheduler
+
+TIMEOUT_S = 200  # below that of a test
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def run(request: dict[str, Any], stdout: IO[bytes], stderr: IO[bytes]) -> None:
     """The program, with the exit status that Python gives it."""
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
+    signal.alarm(TIMEOUT_S)  # whose default ends the process, so that no test gets a late answer
     sys.stdin = io.StringIO(request["stdin"])
     sys.argv = request["argv"]
     code = 1

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu.compare_passes results
 
-A pass counts when rank 0 had a full one (16,384 or 1,024 tokens); left out are those that warm up
-or learn, and where none says so, the first four of a kind. `period` is the time from the start of a
-pass to the start of the next within a burst.
+A pass counts when rank 0 had a full one (16,384 or 1,024 tokens) and no other rank had less than
+nine tenths of it, as far as the rows say; left out are those that warm up or learn, and where none
+says so, the first four of a kind. `period` is the time from the start of a pass to the start of the
+next within a burst.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 FULL = (16384, 1024)  # tokens
 NUM_WARMUP = 4
+FULL_SHARE = 0.9
 MAX_PERIOD_MS = 1000.0
 UNMEASURED = ("warm-up", "learning")  # labels
 
@@ -30,6 +32,11 @@ def main() -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for kind in sorted({kind_of(row) for row in rows if row["num_tokens"] in FULL}):
             print_passes(path.stem, kind, rows)
+
+
+def is_full(row: dict[str, Any]) -> bool:
+    """Whether all ranks had about as many tokens as rank 0."""
+    return bool(row.get("fewest_tokens", row["num_tokens"]) >= FULL_SHARE * row["num_tokens"])
 
 
 def kind_of(row: dict[str, Any]) -> tuple[int, str, str, str]:
@@ -46,7 +53,7 @@ def print_passes(name: str, kind: tuple[int, str, str, str], rows: list[dict[str
     pairs = [
         (row, 1e3 * (after["begun_s"] - row["begun_s"]))
         for row, after in pairwise(rows)
-        if kind_of(row) == kind
+        if kind_of(row) == kind and is_full(row)
     ][0 if label else NUM_WARMUP :]
     if not pairs:
         return

@@ -60,6 +60,7 @@ def _timed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     row = {
         "begun_s": begun_s,
         "num_tokens": int(batch.input_ids.shape[0]),
+        "fewest_tokens": int(min(batch.global_num_tokens_cpu or [batch.input_ids.shape[0]])),
         "lever": _lever(),
         "load": imposed_load().words,
         "label": imposed_load().label,

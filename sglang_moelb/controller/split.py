@@ -10,7 +10,7 @@ Pure. In units of 1/UNITS; all copies of an expert have UNITS together and each 
    or where those are worse than an even split; else shares would follow noise.
 
 A layer's change travels expert by expert, each as one integer of the policy, NUM_WORDS at a time:
-the next ones go when all ranks have applied the last.
+the next ones go when all ranks have applied the last. One integer ends all shares.
 
 Shape letters: L MoE layers, E logical experts, R ranks.
 """
@@ -33,8 +33,11 @@ MOST_SHARED = 7  # copies of an expert that can have shares; more split evenly
 NUM_WORDS = 16  # experts whose shares a policy carries
 NUM_SWEEPS = 4
 MIN_GAIN = 0.02
+NEAR = 1e-9  # by which sums of rows as floats may differ though they are equal
 LAYERS_A_PASS = 4
 WIDTHS = (10, 11, 3)  # bits of layer, expert and number of shares; then six bits a bound
+
+EVERY_LAYER, EVERY_EXPERT = ((1 << width) - 1 for width in WIDTHS[:2])
 
 Shares = Mapping[int, tuple[int, ...]]  # by expert; its original first, then by rank
 
@@ -50,6 +53,11 @@ class Split:
     expert: int
     shares: tuple[int, ...]
     turn: int = 1
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it splits every expert of every layer evenly."""
+        return (self.layer, self.expert) == (EVERY_LAYER, EVERY_EXPERT)
 
     def word(self) -> int:
         """As one positive integer that fits int64; `split_of` is its inverse."""
@@ -137,7 +145,7 @@ def plan_shares(rows_E: IntArray, layer: LayerPlacement, topology: Topology) -> 
                 rows[rank] += units[rank] * unit
             shares[expert] = tuple(units[rank] for rank in held)
     busiest = float(rank_rows(rows_E, layer, shares, topology).max())
-    return shares if busiest < float(even_R.max()) else {}
+    return shares if busiest < (1 - NEAR) * float(even_R.max()) else {}
 
 
 def _deal(rows: Mapping[int, float], unit: float) -> dict[int, int]:
@@ -186,12 +194,10 @@ class Splitting:
         applied: tuple[int, ...],
         *,
         skip: frozenset[int] = frozenset(),
-        is_even: bool = False,
     ) -> None:
         """Take in the window's rows and the words that all ranks have applied last.
 
-        `skip` are layers with a move under way; a layer whose copies changed is split evenly.
-        With `is_even` all go back to an even split.
+        `skip` are layers with a move under way; an expert whose copies changed is split evenly.
         """
         self._follow(layers)
         if self.words != applied:
@@ -201,18 +207,26 @@ class Splitting:
                 break
             number, self._next_layer = self._next_layer, (self._next_layer + 1) % len(layers)
             if number not in skip:
-                self._look(number, rows_LE[number], layers[number], is_even)
+                self._look(number, rows_LE[number], layers[number])
         self._issue(skip)
 
-    def _look(
-        self, number: int, rows_E: IntArray, layer: LayerPlacement, is_even: bool
-    ) -> None:
+    def end(self) -> None:
+        """All copies are to be split evenly, whether the last change has been applied or not."""
+        self._queue.clear()
+        if not any(self._shares):
+            return
+        for shares in self._shares:
+            shares.clear()
+        self._say([Split(layer=EVERY_LAYER, expert=EVERY_EXPERT, shares=())])
+        self.reason = "all copies are split evenly, as resident.split asks"
+
+    def _look(self, number: int, rows_E: IntArray, layer: LayerPlacement) -> None:
         old = self._shares[number]
-        wanted = {} if is_even else plan_shares(rows_E, layer, self._topology)
+        wanted = plan_shares(rows_E, layer, self._topology)
         even, now, after = (
             float(rank_rows(rows_E, layer, one, self._topology).max()) for one in ({}, old, wanted)
         )
-        if not is_even and (not even or (after > (1 - MIN_GAIN) * now and now <= even)):
+        if not even or (after > (1 - MIN_GAIN) * now and now <= (1 + NEAR) * even):
             return
         self.reason = (
             f"layer {number}'s busiest rank has {now:.0f} rows, {even:.0f} with an even split and "
@@ -224,8 +238,8 @@ class Splitting:
                 self._queue.append(Split(layer=number, expert=expert, shares=shares))
 
     def _issue(self, skip: frozenset[int]) -> None:
-        words: list[int] = []
-        while self._queue and len(words) < NUM_WORDS:
+        splits: list[Split] = []
+        while self._queue and len(splits) < NUM_WORDS:
             split = self._queue.popleft()
             ranks = self._ranks[split.layer].get(split.expert, [])
             if split.layer in skip or len(split.shares) not in (0, len(ranks)):
@@ -233,7 +247,11 @@ class Splitting:
             self._shares[split.layer].pop(split.expert, None)
             if split.shares:
                 self._shares[split.layer][split.expert] = split.shares
-            words.append(replace(split, turn=self._num_issues % 3 + 1).word())
-        if words:
-            self._num_issues += 1
-            self.words = tuple(words)
+            splits.append(split)
+        if splits:
+            self._say(splits)
+
+    def _say(self, splits: Sequence[Split]) -> None:
+        turn = self._num_issues % 3 + 1
+        self._num_issues += 1
+        self.words = tuple(replace(split, turn=turn).word() for split in splits)

@@ -151,11 +151,12 @@ class Worker:
         """Let the shares of copies follow the load, or end."""
         follows, splitting = self._recalibration, self._splitting
         assert follows
-        is_even = self._config.split == "even"
-        rows_LE = follows.rows()
-        if rows_LE is None or moved is None or (is_even and not splitting.words):
+        if self._config.split == "even":
+            splitting.end()
             return
-        splitting.step(rows_LE, follows.layers, moved.split, skip=follows.moving, is_even=is_even)
+        rows_LE = follows.rows()
+        if rows_LE is not None and moved is not None:
+            splitting.step(rows_LE, follows.layers, moved.split, skip=follows.moving)
 
     def _recalibrate(self, record: StepRecord, told: RawPass) -> None:
         """Let the placement follow the load, and the split of rows the placement."""

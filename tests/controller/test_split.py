@@ -199,11 +199,20 @@ def test_an_expert_whose_copies_change_is_split_evenly_and_a_moving_layer_gets_n
     assert splitting.shares_of((LayerPlacement(),) * 2) == ({}, {})
 
 
-def test_going_back_to_even_takes_all_shares_away() -> None:
+def test_going_back_to_even_takes_all_shares_away_with_one_word_and_waits_for_none() -> None:
     splitting, layers = Splitting(TOPOLOGY), start()
+    splitting.end()
+    assert splitting.words == (), "there was nothing to end"
     rows_LE = np.stack([popularity() * 1e5] * 2).astype(np.int64)
     splitting.step(rows_LE, layers, ())
     assert any(splitting.shares_of(layers))
-    splitting.step(rows_LE, layers, splitting.words, is_even=True)
+    splitting.end()
     assert not any(splitting.shares_of(layers))
-    assert all(not split_of(word).shares for word in splitting.words)  # type: ignore[union-attr]
+    (word,) = splitting.words
+    split = split_of(word)
+    assert split is not None
+    assert split.is_of_all
+    splitting.end()
+    assert splitting.words == (word,)
+    splitting.step(rows_LE, layers, splitting.words)
+    assert any(splitting.shares_of(layers)), "shares can begin again"

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_moelb.controller.moves import EMPTY, Move
-from sglang_moelb.controller.split import UNITS, Split
+from sglang_moelb.controller.split import EVERY_EXPERT, EVERY_LAYER, UNITS, Split
 
 from .moved import World
 from .ranks import Ranks
@@ -59,7 +59,12 @@ def outputs_by_shares(group: dist.ProcessGroup, rank: int, routed: Any) -> Any:
     empty = Move(number=1, layer=0, rank=replica.rank, slot=slot, expert=EMPTY)
     for _ in range(10):
         world.run_pass(empty, split=words)
-    return before, after, rows, told, world.copies.told(), replica.expert
+    at_end = world.copies.told()
+    of_all = Split(layer=EVERY_LAYER, expert=EVERY_EXPERT, shares=())
+    world.run_pass(empty, split=(of_all.word(),))
+    assert world.copies.told() == {"num_shared": 0, "shares": []}
+    assert not any(bounds_EB.any() for bounds_EB in world.copies._bounds_L)
+    return before, after, rows, told, at_end, replica.expert
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

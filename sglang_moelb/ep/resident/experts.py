@@ -91,6 +91,11 @@ class ResidentExperts:
 
         Not where it has another number of copies. Written like the maps, see `send_to`.
         """
+        if split.is_of_all:
+            self._shares.clear()
+            for bounds_EB in self._bounds_L:
+                bounds_EB.zero_()
+            return
         at, shares = (split.layer, split.expert), split.shares
         if len(shares) not in (0, self._counts_L[split.layer][split.expert]):
             return

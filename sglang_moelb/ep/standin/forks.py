@@ -3,6 +3,8 @@
 SGLang spawns them, and each then imports for 8 s of processor time; on a GPU machine they do so on
 cores of their own, here on two. They are forked instead, from a process that has imported SGLang
 and done nothing else: no plugin is loaded in it, and it has no thread, as `multiprocessing` asks.
+A rank that fails signals its parent, as SGLang has it, which here is the process forked from; the
+main process then learns of it by its watchdog.
 With SGLANG_MOELB_STANDIN_SPAWN=1 they are spawned as SGLang does it.
 """
 

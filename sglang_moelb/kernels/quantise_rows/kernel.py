@@ -36,7 +36,8 @@ GROUP = fp8_device.GROUP
 E8M0_NAN = tl.constexpr(NAN_BYTE)
 
 
-# Not by values that change with the batch: compiling in a live pass makes the other ranks wait.
+# Not by values that change with the batch: compiling in a live pass makes the other ranks wait. The
+# stride of rows is that of the model's hidden states.
 @triton.jit(
     do_not_specialize=["num_rows", "scale_row_stride", "scale_group_stride"],
     do_not_specialize_on_alignment=["num_valid_ptr"],
