@@ -4,7 +4,7 @@ Driven by SGLang's serving thread, in prefill and decode alike. A CUDA graph of 
 addresses of the maps and of all weights, so they stay where they are.
 
 Shape letters: T tokens, K top-k, N received rows, H hidden size, L MoE layers, E logical experts,
-C most copies of an expert.
+C most copies of an expert, B bounds of its copies' shares.
 """
 
 from __future__ import annotations
