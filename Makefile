@@ -1,6 +1,6 @@
 # make demo: compare stock and balanced SGLang on this machine, no GPU needed.
 # make test: everything CI runs. make check: the part without servers, for while you work.
-# make test-all: the whole suite and the demo in both forms of the seams, half an hour.
+# make test-all: the whole suite and the demo in both forms of the seams, about 70 minutes on two cores.
 BIN := .venv/bin
 
 .PHONY: demo test test-all check bench install lean clean
