@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.bench_prefill import Server, client, ids
 
 Tokens = list[list[int]]
@@ -120,13 +119,10 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens out of a request")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--hardware", default="", help="kept in the rows")
-    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
-    parser.add_argument("--out", required=True, help="JSON lines, appended")
+    result_rows.add_arguments(parser)
     args = parser.parse_args()
     rows = asyncio.run(measure(args))
-    with Path(args.out).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    result_rows.append(rows, args.out)
     show(rows)
 
 

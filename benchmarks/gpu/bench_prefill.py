@@ -30,6 +30,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.skew_plugin import Load
 
 VOCABULARY = 150_000
@@ -272,18 +273,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="requests compared at top skew")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmups", type=int, default=2)
-    parser.add_argument("--hardware", default="", help="kept in the rows")
-    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
     parser.add_argument("--outputs", default="", help="file for the outputs compared")
-    parser.add_argument("--out", required=True, help="JSON lines, appended")
+    result_rows.add_arguments(parser)
     args = parser.parse_args()
     if args.outputs:
         said = asyncio.run(outputs(args))
         Path(args.outputs).write_text(json.dumps(said))
         print_outputs(said)
     rows = asyncio.run(measure(args))
-    with Path(args.out).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    result_rows.append(rows, args.out)
     for key in dict.fromkeys((r["load"], r["label"], r["mode"]) for r in rows):
         own = [r for r in rows if (r["load"], r["label"], r["mode"]) == key]
         rates = [r["tokens_per_s"] for r in own]

@@ -38,6 +38,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.one_layer import LayerSizes, make_layer
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.skew_plugin import skewed_ids
@@ -274,19 +275,13 @@ def main() -> None:
             "skew": args.skew, "num_slots": args.slots, "commit": args.commit,
             "balance_planned": balance_of(plan), "output_apart": farthest,
             "copies_R": (plan.slots_RS >= 0).sum(dim=1).tolist(),
-            "layer_ms": {form: _deciles(ms) for form, ms in taken.items()},
+            "layer_ms": {form: result_rows.deciles(ms) for form, ms in taken.items()},
             "parts_ms": differences(taken),
         }  # fmt: skip
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        result_rows.append([row], args.out)
         print(json.dumps(row, indent=1), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _deciles(ms: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(ms, n=10)
-    return {"p10": deciles[0], "median": statistics.median(ms), "p90": deciles[8]}
 
 
 if __name__ == "__main__":

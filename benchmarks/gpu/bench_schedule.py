@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.bench_prefill import VOCABULARY, burst, client, ids
 
 SINGLE = ("none", "replicate", "downgrade", "expand", "drop")
@@ -219,13 +219,10 @@ def main() -> None:
     parser.add_argument("--capacity-factor", type=float, default=1.25, help="of expand and drop")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="ids of prompts")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--hardware", default="", help="kept in the rows")
-    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
-    parser.add_argument("--out", required=True, help="JSON lines, appended")
+    result_rows.add_arguments(parser)
     args = parser.parse_args()
     rows = asyncio.run(measure(args))
-    with Path(args.out).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    result_rows.append(rows, args.out)
     print_summary(rows, args.quality_budget)
 
 

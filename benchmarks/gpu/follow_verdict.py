@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.bench_prefill import VOCABULARY, burst, client
 
 TRUE_EFFECT = 0.02
@@ -186,13 +186,10 @@ def main() -> None:
     parser.add_argument("--observe-s", type=float, default=40.0, help="at most")
     parser.add_argument("--settle-s", type=float, default=0.1)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--hardware", default="", help="kept in the rows")
-    parser.add_argument("--commit", default="", help="of sglang_moelb, kept in the rows")
-    parser.add_argument("--out", required=True, help="JSON lines, appended")
+    result_rows.add_arguments(parser)
     args = parser.parse_args()
     rows = asyncio.run(follow(args))
-    with Path(args.out).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(one) + "\n" for one in rows)
+    result_rows.append(rows, args.out)
     for one in rows:
         gain, low, high = (100.0 * share for share in one["predicted"])
         print(f"skew {one['skew']:g} {one['followed']:10} predicted {gain:5.1f} % "

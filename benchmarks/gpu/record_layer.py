@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu import result_rows
 from benchmarks.gpu.draw_layer import draw, layer_view, load, work_of
 from benchmarks.gpu.one_layer import LayerSizes, make_layer
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
@@ -157,18 +157,14 @@ def main() -> None:
                "num_ranks": dist.get_world_size(), "num_tokens": args.num_tokens,
                "skew": args.skew, "conversion_us": view.conversion_us,
                "hidden_us": view.hidden_us, "exposed_us": view.exposed_us,
-               "layer_ms": {name: _deciles(ms) for name, ms in times.items()}, **told}  # fmt: skip
+               "layer_ms": {name: result_rows.deciles(ms) for name, ms in times.items()},
+               **told}  # fmt: skip
         (args.out / "layer.jsonl").write_text(json.dumps(row) + "\n")
         print(view.told(), json.dumps(row), sep="\n", flush=True)
         if not told["num_low_layers"]:
             raise SystemExit("no layer was lowered")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _deciles(ms: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(ms, n=10)
-    return {"p10": deciles[0], "median": statistics.median(ms), "p90": deciles[8]}
 
 
 if __name__ == "__main__":

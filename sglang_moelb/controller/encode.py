@@ -72,7 +72,7 @@ def decode(words: Sequence[int], reason: str) -> Policy:
             f"policy: expected {NUM_WORDS} words, found {len(words)}. Run the same version of "
             "sglang_moelb on all ranks."
         )
-    word = dict(zip(FIELDS, (int(w) for w in words), strict=False))
+    word = dict(zip(FIELDS, (int(w) for w in words[: len(FIELDS)]), strict=True))
     return Policy(
         epoch=word["epoch"],
         lever=Lever(word["lever"]),
