@@ -47,9 +47,8 @@ def _lay(
     begin = tl.where(room > 0, own * room, followed)
     lane = tl.arange(0, LANES)
     row = (at - first_block) * block + lane
-    tl.store(
-        rows_ptr + at * block + lane, tl.where(row < count, begin + row, num_rows), mask=lane < block
-    )
+    row = tl.where(row < count, begin + row, num_rows)
+    tl.store(rows_ptr + at * block + lane, row, mask=lane < block)
     tl.store(experts_ptr + at, tl.minimum(own, NUM_EXPERTS - 1))
     if at == 0:
         tl.store(used_ptr, tl.sum(blocks, axis=0) * block)
