@@ -1,6 +1,7 @@
-"""A made-up placement for servers of benchmarks: as many bytes as one of real traffic, no traffic.
+r"""A made-up placement for servers of benchmarks: as many bytes as one of real traffic, no traffic.
 
-    python3 -m benchmarks.gpu.make_placement --model DIR --ranks 2 --slots 4 --out placement.json
+    python3 -m benchmarks.gpu.make_placement --model DIR --ranks 2 --slots 4 --format fp8 \
+        --out placement.json
 
 Which experts are hot, and how important each is, is drawn at random; sizes are of DIR/config.json.
 """
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from sglang_moelb.controller.place_resident import ResidentLimits, place_resident
-from sglang_moelb.kernels.fp8 import GROUP
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -24,9 +24,10 @@ from sglang_moelb.placement import (
     Sizes,
     memory_of,
 )
+from sglang_moelb.stored_formats import LOW_BYTES
 
 
-def made_up(model: Path, num_ranks: int, num_slots: int) -> Placement:
+def made_up(model: Path, num_ranks: int, num_slots: int, low_format: str) -> Placement:
     """The placement of a Qwen3 MoE model."""
     config = json.loads((model / "config.json").read_text())
     sizes = Sizes(
@@ -36,7 +37,7 @@ def made_up(model: Path, num_ranks: int, num_slots: int) -> Placement:
         topk=config["num_experts_per_tok"],
     )
     num_weights = 3 * config["hidden_size"] * config["moe_intermediate_size"]
-    expert_bytes = ExpertBytes(high=2 * num_weights, low=num_weights + 4 * num_weights // GROUP**2)
+    expert_bytes = ExpertBytes(high=2 * num_weights, low=LOW_BYTES[low_format](num_weights))
     drawn = np.random.default_rng(0)
     shape = (sizes.num_layers, sizes.num_experts)
     limits = ResidentLimits(expert_bytes=expert_bytes, num_slots=num_slots)
@@ -46,7 +47,7 @@ def made_up(model: Path, num_ranks: int, num_slots: int) -> Placement:
     return Placement(
         schema=SCHEMA,
         version=VERSION,
-        format="fp8",
+        format=low_format,
         sizes=sizes,
         expert_bytes=expert_bytes,
         layers=layers,
@@ -60,9 +61,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--format", choices=tuple(LOW_BYTES), default="fp8")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    args.out.write_bytes(made_up(args.model, args.ranks, args.slots).to_json())
+    args.out.write_bytes(made_up(args.model, args.ranks, args.slots, args.format).to_json())
 
 
 if __name__ == "__main__":

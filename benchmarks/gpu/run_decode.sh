@@ -4,7 +4,8 @@
 # go to one at a time, in an order that is reversed every second repeat. Needs SGLang, DeepEP with
 # NVSHMEM, and DeepGEMM importable.
 #   NUM_GPUS=2 REQUESTS=64 REPEATS=6 OUT=results bash benchmarks/gpu/run_decode.sh stock resident
-# SLOTS (4) are replicas of a rank and layer, of a made-up placement. About 20 GB of a GPU's memory a
+# SLOTS (4) are replicas of a rank and layer, of a made-up placement, whose low experts are in FORMAT
+# (fp8, or mxfp4). About 20 GB of a GPU's memory a
 # server. A rank decodes at most 64 requests at once, SGLang's graphs being captured for no more.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?}
@@ -13,7 +14,7 @@ export MOELB_BENCH_SKEW="$plugins/skew"
 echo 0 > "$MOELB_BENCH_SKEW"
 write_qwen3_moe "$plugins/model"
 python3 -m benchmarks.gpu.make_placement --model "$plugins/model" --ranks "$num_gpus" \
-  --slots "${SLOTS:-4}" --out "$out/placement.json"
+  --slots "${SLOTS:-4}" --format "${FORMAT:-fp8}" --out "$out/placement.json"
 common=(--model-path "$plugins/model" --load-format dummy --skip-tokenizer-init
   "${expert_parallel[@]}" --deepep-mode auto --disable-prefill-cuda-graph
   --cuda-graph-max-bs-decode 64 --max-running-requests "$((64 * num_gpus))"
