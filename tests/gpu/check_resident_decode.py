@@ -8,7 +8,8 @@ two precisions, outputs combined. One graph is replayed on other inputs and othe
 must equal the eager layer bit for bit, and each token the plain sum of its logical experts in
 float32 within what float8 rounds; with mxfp4 the sum of the decoded weights of the copies that it
 was sent to, within what bfloat16 rounds. Then the graph is timed beside one of the layer as it
-was, in bfloat16. Under a minute, without the first compiling of Marlin. `--device cpu` runs the same without a graph over the stand-in for DeepEP:
+was, in bfloat16. Under a minute, without the first compiling of Marlin. `--device cpu` runs the
+same without a graph over the stand-in for DeepEP:
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py \
         --device cpu
