@@ -211,7 +211,7 @@ def test_a_placement_that_contradicts_itself_is_refused(
     [
         ({"schema": "x"}, "not a placement"),
         ({"version": 2}, "reads version 1"),
-        ({"format": "nvfp4"}, "4-bit experts are not stored"),
+        ({"format": "nvfp4"}, "use mxfp4 for 4 bits, or fp8"),
         ({"format": "int7"}, "use one of fp8"),
         ({"layers": []}, "0 layers"),
         ({"surprise": 1}, "surprise"),

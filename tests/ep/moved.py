@@ -18,6 +18,7 @@ from sglang_moelb.controller.moves import Move, Moved
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.formats import FORMATS
 from sglang_moelb.ep.resident.move import Mover
 from sglang_moelb.ep.resident.moving import MovingAgreement
 from sglang_moelb.ep.resident.weights import store
@@ -36,6 +37,7 @@ class World:
     group: dist.ProcessGroup
     rank: int
     placement: LayerPlacement
+    low_format: str = "fp8"
     layer: Layer = field(init=False)
     place: LayerLayout = field(init=False)
     copies: ResidentExperts = field(init=False)
@@ -47,7 +49,10 @@ class World:
         self.layer = Layer(self.rank, num_ranks)
         num_slots = num_slots_of((self.placement,), num_ranks)
         self.place = layout(self.placement, sizes, num_slots)
-        self.stored = store(self.layer, self.place, rank=self.rank, group=self.group)
+        self.stored = store(
+            self.layer, self.place, rank=self.rank, group=self.group,
+            low_format=FORMATS[self.low_format],
+        )  # fmt: skip
         width = num_ranks - self.place.copies_EC.shape[1]
         wide = np.pad(self.place.copies_EC, ((0, 0), (0, width)), constant_values=-1)
         layouts = [replace(self.place, copies_EC=wide)]

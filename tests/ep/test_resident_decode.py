@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.low import fp8, marlin
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.formats import FORMATS
 from sglang_moelb.ep.resident.masked import run_masked
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.ep.standin.deep_ep_low_latency import LowLatencyBuffer
@@ -24,7 +25,16 @@ from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 from sglang_moelb.kernels.quantise_rows import quantise_rows
 
 from .ranks import Ranks
-from .test_resident import HIDDEN, INNER, Chosen, computed_as_planned, routing, run_high, stored_on
+from .test_resident import (
+    APART,
+    HIDDEN,
+    INNER,
+    Chosen,
+    computed_as_planned,
+    routing,
+    run_high,
+    stored_on,
+)
 
 MAX_ROWS, TOPK = 24, 3
 ROOM = 32  # for tokens of a rank, in the whole path
@@ -162,6 +172,7 @@ class Rows(NamedTuple):
     topk_ids: Tensor
     topk_weights: Tensor
     masked_m: Tensor
+    expected_m: int = 1
 
     @property
     def format(self) -> Any:
@@ -180,9 +191,12 @@ def run_places(layer: Any, rows: Rows, stored: StoredLayer, first_place: int) ->
     return rows._replace(hidden_states=out_PMH)
 
 
-def decoded(group: dist.ProcessGroup, rank: int, routed: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def decoded(
+    group: dist.ProcessGroup, rank: int, given: tuple[str, tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
     """This rank's tokens through the whole layer: mapped, sent, computed, combined, `[T, H]`."""
-    layer, stored, place, _ = stored_on(group, rank)
+    name, routed = given
+    layer, stored, place, _ = stored_on(group, rank, name)
     layer.quant_method.apply = lambda layer, dispatch_output: run_places(
         layer, dispatch_output, stored, 0
     )
@@ -195,14 +209,15 @@ def decoded(group: dist.ProcessGroup, rank: int, routed: tuple[Tensor, Tensor, T
         x_TH, ids_TK, ROOM, num_experts, use_fp8=False, return_recv_hook=True
     )
     arrived()
-    before = fp8.run
+    before = fp8.run, marlin.to_combine
     fp8.run = lambda layer, rows, low: run_places(  # type: ignore[assignment]
         layer, rows, stored, stored.num_high
     )
+    marlin.to_combine = lambda given, out_PMH: given._replace(hidden_states=out_PMH)
     try:
         done = resident.run(layer, Rows(rows, None, ids_TK, weights_TK, counts))
     finally:
-        fp8.run = before  # type: ignore[assignment]
+        fp8.run, marlin.to_combine = before
     out_TH, _, arrived = buffer.low_latency_combine(
         done.hidden_states, done.topk_ids, done.topk_weights, handle, return_recv_hook=True
     )
@@ -213,15 +228,16 @@ def decoded(group: dist.ProcessGroup, rank: int, routed: tuple[Tensor, Tensor, T
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["random", "one expert", "padded", "no tokens", "high only"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_decoded_token_meets_each_of_its_experts_once_by_the_copy_whose_turn_it_is(
-    ranks: Ranks, num_ranks: int, kind: str
+    ranks: Ranks, name: str, num_ranks: int, kind: str
 ) -> None:
     routed = routing(num_ranks, kind)
     if kind == "high only":
         routed[1][..., 2] = -1  # there an expert is selected twice
         routed[2][..., 2] = 0.0
-    found = torch.cat(ranks.run(decoded, [routed] * num_ranks)).float()
-    expected = computed_as_planned(routed, num_ranks)
+    found = torch.cat(ranks.run(decoded, [(name, routed)] * num_ranks)).float()
+    expected = computed_as_planned(routed, num_ranks, name)
     assert found.shape == expected.shape
     if not expected.numel():
         return
@@ -229,4 +245,4 @@ def test_a_decoded_token_meets_each_of_its_experts_once_by_the_copy_whose_turn_i
     assert (found - expected).norm() <= 2**-7 * expected.norm()
     assert not found[(routed[1] < 0).all(dim=-1).flatten()].any()
     exact = run_high(*(x.flatten(0, 1) for x in routed))
-    assert (found - exact).norm() <= 0.08 * exact.norm()
+    assert (found - exact).norm() <= APART[name] * exact.norm()

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from sglang_moelb.controller.moves import EMPTY, Move
 from sglang_moelb.ep.agreed import Sizes
-from sglang_moelb.ep.resident import experts, move
+from sglang_moelb.ep.resident import move
+from sglang_moelb.ep.resident.formats import FORMATS
 from sglang_moelb.ep.resident.staging import checksum
 from sglang_moelb.placement import LayerPlacement, Replica
 
 from .moved import World
 from .ranks import Ranks
-from .test_resident import PLACEMENTS, computed_as_planned, routing
+from .test_resident import PLACEMENTS, ByReference, computed_as_planned, routing
 
 pytestmark = pytest.mark.dist
 
@@ -45,20 +46,9 @@ def placed_anew(num_ranks: int) -> LayerPlacement:
     return LayerPlacement(replicas=copies, low_experts=PLACEMENTS[num_ranks].low_experts)
 
 
-class ByReference:
-    """The low run's reference in place of SGLang's runner."""
-
-    def __enter__(self) -> None:
-        self.before = experts.fp8.run
-        experts.fp8.run = lambda layer, rows, low: layer.run(rows, low)  # type: ignore[assignment]
-
-    def __exit__(self, *args: object) -> None:
-        experts.fp8.run = self.before  # type: ignore[assignment]
-
-
-def outputs_after_moves(group: dist.ProcessGroup, rank: int, routed: Any) -> Any:
-    num_ranks = dist.get_world_size(group)
-    world = World(group, rank, PLACEMENTS[num_ranks])
+def outputs_after_moves(group: dist.ProcessGroup, rank: int, given: tuple[str, Any]) -> Any:
+    num_ranks, (name, routed) = dist.get_world_size(group), given
+    world = World(group, rank, PLACEMENTS[num_ranks], name)
     addresses = [t.data_ptr() for t in (world.copies._copies_L[0], world.copies._num_copies_L[0])]
     moved = world.run_moves(MOVES[num_ranks])
     kept = [t.data_ptr() for t in (world.copies._copies_L[0], world.copies._num_copies_L[0])]
@@ -67,19 +57,21 @@ def outputs_after_moves(group: dist.ProcessGroup, rank: int, routed: Any) -> Any
         return moved, world.outputs(routed), world.mover.told()
 
 
-def outputs_of_fresh_start(group: dist.ProcessGroup, rank: int, routed: Any) -> Any:
-    world = World(group, rank, placed_anew(dist.get_world_size(group)))
+def outputs_of_fresh_start(group: dist.ProcessGroup, rank: int, given: tuple[str, Any]) -> Any:
+    name, routed = given
+    world = World(group, rank, placed_anew(dist.get_world_size(group)), name)
     with ByReference():
         return world.outputs(routed)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", FORMATS)
 def test_after_moves_the_outputs_are_those_of_a_fresh_start_bit_for_bit(
-    ranks: Ranks, num_ranks: int
+    ranks: Ranks, name: str, num_ranks: int
 ) -> None:
-    routed = routing(num_ranks, "random")
-    after = ranks.run(outputs_after_moves, [routed] * num_ranks)
-    fresh = ranks.run(outputs_of_fresh_start, [routed] * num_ranks)
+    given = name, routing(num_ranks, "random")
+    after = ranks.run(outputs_after_moves, [given] * num_ranks)
+    fresh = ranks.run(outputs_of_fresh_start, [given] * num_ranks)
     for rank in range(num_ranks):
         moved, found, told = after[rank]
         assert torch.equal(found.view(torch.uint8), fresh[rank].view(torch.uint8)), rank
@@ -87,12 +79,13 @@ def test_after_moves_the_outputs_are_those_of_a_fresh_start_bit_for_bit(
         assert (told["num_done"], told["num_failed"]) == (len(MOVES[num_ranks]), 0)
         assert told["pending"] is None
     assert any(not torch.equal(a, b) for a, b in zip(*(
-        [x[1] for x in after], ranks.run(outputs_at_start, [routed] * num_ranks)
+        [x[1] for x in after], ranks.run(outputs_at_start, [given] * num_ranks)
     ), strict=True))  # fmt: skip
 
 
-def outputs_at_start(group: dist.ProcessGroup, rank: int, routed: Any) -> Any:
-    world = World(group, rank, PLACEMENTS[dist.get_world_size(group)])
+def outputs_at_start(group: dist.ProcessGroup, rank: int, given: tuple[str, Any]) -> Any:
+    name, routed = given
+    world = World(group, rank, PLACEMENTS[dist.get_world_size(group)], name)
     with ByReference():
         return world.outputs(routed)
 
@@ -117,7 +110,7 @@ def test_in_every_pass_of_a_move_each_row_is_computed_once_by_its_logical_expert
 ) -> None:
     routed = routing(num_ranks, "random")
     by_rank = ranks.run(outputs_in_every_pass, [routed] * num_ranks)
-    exact = computed_as_planned(routed, num_ranks)
+    exact = computed_as_planned(routed, num_ranks, "fp8")
     num_passes = len(by_rank[0][0])
     assert num_passes > 4 * len(MOVES[num_ranks])
     for at in range(num_passes):

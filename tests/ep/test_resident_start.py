@@ -229,7 +229,7 @@ def test_without_a_file_nothing_is_stored() -> None:
     [
         (None, "cannot be read"),
         (b"{", "not JSON"),
-        (placement(format="nvfp4").to_json(), "4-bit experts are not stored"),
+        (placement(format="nvfp4").to_json(), "use mxfp4 for 4 bits, or fp8"),
     ],
     ids=["missing", "broken", "4-bit"],
 )

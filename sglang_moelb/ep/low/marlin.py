@@ -7,7 +7,8 @@ Marlin's order of the bytes is kept, on the host codes and scales row by row; si
 The host computes the same by decoding, and rounds where Marlin rounds: the outputs of both GEMMs
 and the activation to bfloat16.
 
-Shape letters: e local experts of this rank, N received rows, K top-k, S rows expert by expert, M
+Shape letters: e local experts of this rank, N received rows, K top-k, T selections of theirs that
+are here, S rows expert by expert, M
 rows that DeepEP has room for in an expert in low latency, H hidden size, I expert size, J = 2I
 gate and up.
 """
