@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from sglang_moelb.calibrate.types import CalibrateError
+from sglang_moelb.stored_formats import MULTIPLE
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -214,10 +215,10 @@ def _item_bytes(found: _Found, name: str) -> int:
 
 
 def _check_blocks(shapes: Shapes) -> None:
-    if any(size % 128 for shape in shapes for size in shape):
+    if any(size % MULTIPLE for shape in shapes for size in shape):
         raise CalibrateError(
-            f"--model: experts of {shapes}: fp8 is stored in blocks of 128x128, which must divide "
-            "hidden and expert size."
+            f"--model: experts of {shapes}: the formats that experts are stored in want hidden and "
+            f"expert size to be multiples of {MULTIPLE}."
         )
 
 

@@ -21,6 +21,7 @@ from sglang_moelb.calibrate.source import open_source
 from sglang_moelb.calibrate.table import summary
 from sglang_moelb.calibrate.types import CalibrateError
 from sglang_moelb.placement import AIMS, Placement, PlacementError, num_slots_of
+from sglang_moelb.stored_formats import refusal_of
 from sglang_moelb.trace.types import TraceError
 from sglang_moelb.types import IntArray
 
@@ -41,6 +42,14 @@ Aim = Annotated[
     typer.Option(
         help="`experts`: copy the busiest expert (R&Q, lowest LIS); `ranks`: make the copy that "
         "spares the busiest rank most."
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="How low experts are stored: `fp8`, or `mxfp4`: weights of 4 bits under rows as they "
+        "are, about half the bytes, and coarser."
     ),
 ]
 Kept = Annotated[
@@ -75,6 +84,7 @@ def calibrate(
     keep: Kept = 0.5,
     importance: Measure = "wanda",
     aim: Aim = "experts",
+    low_format: Format = "fp8",
     ep: Annotated[
         int | None, typer.Option(help="EP ranks of the server to be.", show_default="as traced")
     ] = None,
@@ -83,15 +93,16 @@ def calibrate(
         str | None, typer.Option(help="Key of the server at URL.", show_default="none")
     ] = None,
 ) -> None:
-    """Write a placement file: lasting replicas of hot experts, paid for by cold ones in fp8.
+    """Write a placement file: lasting replicas of hot experts, paid for by cold ones stored low.
 
     Reads a share of a trace, judges the placement by the rest, and prints the load before and
     after by layer. A server takes the file at start: --moelb-config '{"resident": {"placement":
-    FILE}}'. Outputs change slightly: replicas and the least important experts are stored in fp8.
+    FILE}}'. Outputs change slightly: replicas and the least important experts are stored in fp8, or
+    in 4 bits.
     """
     console = Console()
     try:
-        wanted = _wanted(model, share, slots, budget, keep, importance, aim, ep)
+        wanted = _wanted(model, share, slots, budget, keep, importance, aim, low_format, ep)
         opened = open_source(trace, rank, api_key)
         with _progress(console) as bars:
             placement, rows_LE = calibrate_trace(opened, wanted, bars)
@@ -118,6 +129,7 @@ def _wanted(
     keep: float,
     importance: str,
     aim: str,
+    low_format: str,
     ep: int | None,
 ) -> Wanted:
     """The options in one; `CalibrateError` names the one that is wrong."""
@@ -130,6 +142,8 @@ def _wanted(
             raise CalibrateError(f"{name} {value:g}: must be a share, at most 1 and above 0.")
     if aim not in AIMS:
         raise CalibrateError(f"--aim {aim}: use one of {', '.join(AIMS)}.")
+    if refusal := refusal_of(low_format):
+        raise CalibrateError(f"--format {low_format}: {refusal}.")
     return Wanted(
         model=model,
         share=share,
@@ -138,6 +152,7 @@ def _wanted(
         keep_share=keep,
         importance=None if importance == "wanda" else Path(importance),
         aim=aim,
+        low_format=low_format,
         num_ranks=ep,
     )
 

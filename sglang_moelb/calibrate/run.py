@@ -44,6 +44,7 @@ class Wanted:
     keep_share: float
     importance: Path | None
     aim: str
+    low_format: str
     num_ranks: int | None
 
 
@@ -70,7 +71,7 @@ def calibrate_trace(trace: Trace, wanted: Wanted, bars: Bars) -> tuple[Placement
     placement = Placement(
         schema=SCHEMA,
         version=VERSION,
-        format="fp8",
+        format=wanted.low_format,
         sizes=Sizes(
             num_layers=topology.num_layers,
             num_experts=topology.num_experts,
@@ -110,6 +111,7 @@ def _checkpoint(wanted: Wanted, topology: Topology, bars: Bars) -> Checkpoint:
     ticks: list[Callable[[], None]] = []
     checkpoint = read_checkpoint(
         wanted.model,
+        low_format=wanted.low_format,
         score=wanted.importance is None,
         begun=lambda total: ticks.append(bars("reading experts", total)),
         tick=lambda: ticks[0](),

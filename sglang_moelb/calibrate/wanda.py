@@ -27,19 +27,20 @@ import numpy as np
 from sglang_moelb.calibrate.checkpoint import ExpertTensors, open_checkpoint
 from sglang_moelb.calibrate.types import Checkpoint
 from sglang_moelb.placement import ExpertBytes
+from sglang_moelb.stored_formats import LOW_BYTES
 from sglang_moelb.types import FloatArray, IntArray
 
-BLOCK = 128  # of fp8's scales, one float32 each
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
 
-def read_checkpoint(folder: Path, *, score: bool, begun: Callable[[int], None],
+def read_checkpoint(folder: Path, *, low_format: str, score: bool, begun: Callable[[int], None],
                     tick: Callable[[], None]) -> Checkpoint:  # fmt: skip
     """Sizes of the experts in `folder`, and their scores if `score` is set (else zeros).
 
-    `begun` is told the number of experts to read, `tick` is called after each. Raises
-    `CalibrateError` for a folder that holds no such checkpoint.
+    `low_format` is one of `stored_formats.LOW_BYTES`. `begun` is told the number of experts to
+    read, `tick` is called after each. Raises `CalibrateError` for a folder that holds no such
+    checkpoint.
     """
     experts = open_checkpoint(folder)
     scores_LE = np.zeros((experts.num_layers, experts.num_experts))
@@ -50,15 +51,17 @@ def read_checkpoint(folder: Path, *, score: bool, begun: Callable[[int], None],
     return Checkpoint(
         num_layers=experts.num_layers,
         num_experts=experts.num_experts,
-        expert_bytes=bytes_of(experts.shapes, experts.item_bytes),
+        expert_bytes=bytes_of(experts.shapes, experts.item_bytes, low_format),
         scores_LE=scores_LE,
     )
 
 
-def bytes_of(shapes: tuple[tuple[int, int], ...], item_bytes: int) -> ExpertBytes:
-    """What an expert takes: as stored in the checkpoint, and in fp8 with a scale a block."""
+def bytes_of(
+    shapes: tuple[tuple[int, int], ...], item_bytes: int, low_format: str
+) -> ExpertBytes:
+    """What an expert takes: as stored in the checkpoint, and in `low_format` with its scales."""
     num_weights = sum(rows * columns for rows, columns in shapes)
-    return ExpertBytes(high=num_weights * item_bytes, low=num_weights + 4 * num_weights // BLOCK**2)
+    return ExpertBytes(high=num_weights * item_bytes, low=LOW_BYTES[low_format](num_weights))
 
 
 def importance_of(scores_LE: FloatArray, rows_LE: IntArray) -> FloatArray:

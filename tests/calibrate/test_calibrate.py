@@ -92,6 +92,39 @@ def test_another_ep_size_is_planned_for(trace: Path, model: Path, tmp_path: Path
     assert placement.sizes.num_ranks == len(placement.memory.after) == 4
 
 
+def test_in_4_bits_fewer_experts_pay_for_as_many_replicas(
+    trace: Path, model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, low in (("fp8", 1 + 4 / 128**2), ("mxfp4", 17 / 32)):
+        out = tmp_path / f"{name}.json"
+        result = run(trace, "--model", model, "--out", out, "--slots", "1", "--format", name)
+        assert result.exit_code == 0, result.output
+        placement = load(out)
+        assert placement.format == name
+        assert f"originals in {name}" in " ".join(result.output.split())
+        assert placement.expert_bytes.low == 3 * HIDDEN * INNER * low
+        found.append(placement)
+    wide, narrow = found
+    assert max(narrow.memory.after) <= max(narrow.memory.before)
+    assert sum(len(one.replicas) for one in narrow.layers) >= sum(
+        len(one.replicas) for one in wide.layers
+    )
+    assert len(narrow.layers[0].low_experts) <= len(wide.layers[0].low_experts)
+    assert max(narrow.memory.after) < max(wide.memory.after) or len(
+        narrow.layers[0].low_experts
+    ) < len(wide.layers[0].low_experts)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4"])
+def test_formats_without_a_kernel_are_refused_by_name(
+    trace: Path, model: Path, tmp_path: Path, name: str
+) -> None:
+    result = run(trace, "--model", model, "--out", tmp_path / "p.json", "--format", name)
+    assert result.exit_code == 2
+    assert f"--format {name}: no kernel" in " ".join(result.output.split())
+
+
 def test_no_slots_and_a_whole_budget_change_nothing(
     trace: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -233,7 +266,9 @@ def test_both_ways_in_which_experts_are_stored_give_the_same_scores(tmp_path: Pa
         write_checkpoint(tmp_path / "single", single_tensors(fused)),
     ]
     found = [
-        read_checkpoint(folder, score=True, begun=lambda total: None, tick=lambda: None)
+        read_checkpoint(
+            folder, low_format="fp8", score=True, begun=lambda total: None, tick=lambda: None
+        )
         for folder in folders
     ]
     np.testing.assert_allclose(found[0].scores_LE, found[1].scores_LE, rtol=1e-6)
