@@ -10,12 +10,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from sglang_moelb.config import Config, merge
 from sglang_moelb.ep.flags import take_arguments
-from sglang_moelb.ep.resident import attach
+from sglang_moelb.ep.low import marlin_library
+from sglang_moelb.ep.resident import attach, formats, refusals
 from sglang_moelb.ep.resident.attach import ExpertMemory, attach_resident
 from sglang_moelb.ep.resident.weights import StoredLayer
+from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -149,6 +152,71 @@ def test_deepep_sends_to_all_places_in_every_mode_that_the_server_has(
     start(placement(), spoil=give)
     assert len(found) == (4 if modes == "both" else 2)
     assert [mode.num_experts for mode in found] == [2 * (4 + 1)] * len(found)
+
+
+def in_4_bits(layers: tuple[LayerPlacement, ...] = (LAYER, LAYER)) -> Placement:
+    small = ExpertBytes(high=2 * WEIGHTS, low=WEIGHTS * 17 // 32)
+    before, after = memory_of(layers, TOPOLOGY, small)
+    memory = RankMemory(before=before, after=after)
+    return placement(layers, format="mxfp4", expert_bytes=small, memory=memory)
+
+
+def clamped(server_args: Any, layers: list[Any]) -> None:
+    layers[0].quant_method.runner.config.swiglu_limit = 7.0
+
+
+def odd(server_args: Any, layers: list[Any]) -> None:
+    layers[:] = [make_layer(hidden=192, inner=128) for _ in layers]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (clamped, ["'swiglu_limit': 7.0", r"mxfp4 can only compute silu(gate) * up", "fp8"]),
+        (odd, ["experts of shapes", "multiples of 128"]),
+        (quantised, ["quantised checkpoint"]),
+        (fp8_in_decode, ["dispatch of FP8"]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_4_bit_experts_cannot_be_run_with_ends_the_start_by_name(
+    start: Callable[..., Any], spoil: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if spoil is odd:  # else it is refused for its bytes
+        monkeypatch.setitem(refusals.LOW_BYTES, "mxfp4", lambda num_weights: WEIGHTS * 17 // 32)
+    with pytest.raises(SystemExit) as ended:
+        start(in_4_bits(), spoil=spoil)
+    assert all(part in str(ended.value) for part in expected), ended.value
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        ((8, 0), torch.bfloat16, "capability 8.0"),
+        ((10, 0), torch.bfloat16, "capability 10.0"),
+        ((9, 0), torch.float16, "--dtype torch.float16"),
+        ((9, 0), torch.bfloat16, "a host without nvcc"),
+    ],
+)
+def test_a_gpu_that_marlin_is_not_used_on_is_named(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: Any, expected: str
+) -> None:
+    close_torchvision_gap()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(marlin_library, "_e2m1", lambda: "e2m1")
+    monkeypatch.setattr(marlin_library, "_compiler", lambda: "")
+    what, why = formats._gpu_refusal(torch.zeros(1, dtype=dtype)) or ("", "")
+    assert expected in what
+    assert "use" in why or "calibrate with --format fp8" in why
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_4_bit_experts_take_their_bytes_and_the_room_of_one_that_moves(
+    start: Callable[..., Any], one_rank: None, moves: bool
+) -> None:
+    low = WEIGHTS * 17 // 32
+    _, memory = start(in_4_bits(), recalibrate=moves)
+    assert memory.after == 2 * (2 * 2 * WEIGHTS + 3 * low) + moves * low
 
 
 def test_another_topology_is_refused_with_both(start: Callable[..., Any]) -> None:

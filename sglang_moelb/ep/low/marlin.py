@@ -8,9 +8,8 @@ The host computes the same by decoding, and rounds where Marlin rounds: the outp
 and the activation to bfloat16.
 
 Shape letters: e local experts of this rank, N received rows, K top-k, T selections of theirs that
-are here, S rows expert by expert, M
-rows that DeepEP has room for in an expert in low latency, H hidden size, I expert size, J = 2I
-gate and up.
+are here, S rows expert by expert, M rows that DeepEP has room for in an expert in low latency, H
+hidden size, I expert size, J = 2I gate and up.
 """
 
 from __future__ import annotations
