@@ -59,11 +59,6 @@ REPACK = Symbol(
     name="gptq_marlin_repack",
     params=("b_q_weight", "perm", "size_k", "size_n", "num_bits"),
 )
-PERMUTE_SCALES = Symbol(
-    module="sglang.srt.layers.quantization.marlin_utils",
-    name="marlin_permute_scales",
-    params=("s", "size_k", "size_n", "group_size"),
-)
 MAKE_WORKSPACE = Symbol(
     module="sglang.srt.layers.quantization.marlin_utils",
     name="marlin_make_workspace",
@@ -89,7 +84,7 @@ GATHER = Symbol(
         "input_tensor", "recv_topk_ids", "recv_topk_weight", "input_index", "output_tensor",
     ),
 )  # fmt: skip
-SYMBOLS = (GEMM, REPACK, PERMUTE_SCALES, MAKE_WORKSPACE, ACTIVATE, ACTIVATE_MASKED, GATHER)
+SYMBOLS = (GEMM, REPACK, MAKE_WORKSPACE, ACTIVATE, ACTIVATE_MASKED, GATHER)
 
 
 def library_refusal() -> tuple[str, str] | None:
@@ -132,16 +127,15 @@ def repacked(codes_NK: torch.Tensor) -> torch.Tensor:
 
 
 def permuted(scales_NK: torch.Tensor) -> torch.Tensor:
-    """One expert's scales, e8m0 bytes `[N, K/32]`, in Marlin's order: bytes `[K/32, N]`."""
+    """One expert's scales, e8m0 bytes `[N, K/32]`, in Marlin's order: bytes `[K/32, N]`.
+
+    What SGLang's `marlin_permute_scales` and `mxfp4_marlin_process_scales` do by lists of indices,
+    which would wait for the device: of 64 features every eighth together, then of each four the
+    middle two exchanged.
+    """
     num_rows, num_groups = scales_NK.shape
-    bytes_KN: torch.Tensor = PERMUTE_SCALES.resolved()(
-        s=scales_NK.T.contiguous(),
-        size_k=GROUP * num_groups,
-        size_n=num_rows,
-        group_size=GROUP,
-    )
-    # As SGLang's `mxfp4_marlin_process_scales`, which goes by bfloat16 and back.
-    return bytes_KN.view(-1, 4)[:, [0, 2, 1, 3]].view(num_groups, num_rows)
+    by_eights = scales_NK.T.reshape(-1, 8, 8).mT
+    return by_eights.reshape(-1, 2, 2).mT.reshape(num_groups, num_rows)
 
 
 def run_marlin(
