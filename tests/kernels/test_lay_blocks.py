@@ -32,7 +32,7 @@ def test_the_worked_example_of_the_docstring(lay_blocks: Callable) -> None:
     assert blocks.used.tolist() == [24, 0]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [BLOCKS[0], 48, BLOCKS[-1]])
 @pytest.mark.parametrize("room", [0, 40])
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
 def test_each_row_is_once_in_a_block_of_its_expert_in_order(
