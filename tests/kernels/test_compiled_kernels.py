@@ -23,6 +23,7 @@ from sglang_moelb.kernels.join_rows import kernel as join
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.quantise_rows import kernel as rows
+from sglang_moelb.kernels.sum_words import kernel as sums
 
 weights = [torch.zeros(4, 256, 128).bfloat16(), torch.zeros(4, 128, 384).bfloat16()]
 out = [torch.zeros(weight.shape).to(torch.float8_e4m3fn) for weight in weights]
@@ -71,10 +72,12 @@ for max_rows in (1, 16):
         done = torch.zeros(4, max_rows, 2048).bfloat16()
         for start in (0, 1):
             join.join_rows(done[:num_first], done[num_first:], numbers[start : start + 4])
+for num_words in (1, 2, 4096, 5000):
+    sums.sum_words(torch.zeros(8 * num_words, dtype=torch.uint8))
 jits = {"convert": convert._convert, "quantise": rows._quantise}
 jits |= {"plan": plan._plan, "pull": pull._pull, "count": counts_of._count}
 jits |= {"masked": rows._quantise_masked, "join": join._join}
-jits |= {"powers": rows._quantise_ue8m0}
+jits |= {"powers": rows._quantise_ue8m0, "sums": sums._sum}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
     jits[name] = [variant.asm["ptx"] for variant in cache.values()]
@@ -96,6 +99,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "masked": 2,  # one program an expert and group, or more
         "join": 1,
         "powers": 1,
+        "sums": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks
         "count": 5,  # with keys or not, with amounts or not; many layers at once
@@ -119,6 +123,11 @@ def test_masked_rows_are_read_and_joined_16_bytes_a_thread(ptx: dict[str, list[s
         assert re.search(r"\bld\.global\S*\.v4\.b32", text)
     for text in ptx["join"]:
         assert not re.search(r"\bst\.global(?!\S*\.v4\.b32)", text)
+
+
+def test_words_are_summed_with_one_addition_to_memory_a_program(ptx: dict[str, list[str]]) -> None:
+    for text in ptx["sums"]:
+        assert len(re.findall(r"\b(?:atom|red)\.global\S*\.add\.u64", text)) == 1
 
 
 def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:
