@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import random
 import re
 import statistics
@@ -31,12 +30,14 @@ from typing import Any
 import aiohttp
 
 from benchmarks.gpu import result_rows
+from benchmarks.gpu.compare_outputs import log_probabilities, print_outputs
 from benchmarks.gpu.skew_plugin import Load
 
 VOCABULARY = 150_000
 SINGLE_LENGTHS = (1, 7, 64, 333, 1024, 2048)
 NUM_REBALANCES = 2  # the first may be of a window that holds another load
 MAX_LEARNING = 40  # bursts
+QUOTA_LEARNING = 6  # bursts, until shares of copies have been planned and sent
 REBALANCED = re.compile(r" TP0\b.*rebalance end time=([0-9.]+)s")
 
 
@@ -106,6 +107,8 @@ async def set_mode(session: aiohttp.ClientSession, url: str, mode: str) -> None:
         change[section] = {"factor": float(factor)}
     if name == "downgrade":
         change["downgrade"] = {**change.get("downgrade", {}), "form": form or "rank"}
+    elif form:
+        change["resident"] = {"split": form}
     async with session.post(f"{url}/moelb/config", json=change) as response:
         if response.status != 200:
             raise SystemExit(f"{url}/moelb/config: {response.status} {await response.text()}")
@@ -118,16 +121,16 @@ async def settle(session: aiohttp.ClientSession, url: str, mode: str) -> None:
         await burst(session, url, [[1, 2, 3]] * 4, 1)
 
 
-async def last_pass(
-    session: aiohttp.ClientSession, url: str, mode: str, num_last: int = 4
-) -> dict[str, Any]:
+async def last_pass(session: aiohttp.ClientSession, url: str, mode: str) -> dict[str, Any]:
     """The largest of the last prefill passes, from the status of a balanced server."""
     if is_stock(mode):
         return {}
     async with session.get(f"{url}/moelb/status") as response:
-        recent = (await response.json())["recent"]
-    prefills = [row for row in recent if row["phase"] == "prefill"]
-    return max(prefills[-num_last:], key=lambda row: sum(row["num_tokens_R"])) if prefills else {}
+        status = await response.json()
+    prefills = [row for row in status["recent"] if row["phase"] == "prefill"][-4:]
+    largest = max(prefills, key=lambda row: sum(row["num_tokens_R"]), default={})
+    decided = status["controller"].get("last_decision") or {}
+    return {**largest, "resident": decided.get("resident", "")}
 
 
 def rebalances(args: argparse.Namespace, label: str) -> list[float]:
@@ -160,11 +163,15 @@ async def learn(
 async def prepare(
     session: aiohttp.ClientSession, args: argparse.Namespace, server: Server, mode: str, load: str
 ) -> dict[str, Any]:
-    """Bring a server into a mode; what an EPLB server has learnt."""
+    """Bring a server into a mode and let it learn the load; what an EPLB server has learnt."""
     name, _, other = mode.partition("@")
     if name == "eplb":
         return await learn(session, args, server, other or load)
     await settle(session, server.url, mode)
+    if name.endswith(":quota"):
+        Path(args.skew_file).write_text(f"{load} | learning")
+        for number in range(QUOTA_LEARNING):
+            await burst(session, server.url, prompts_of(args, number), 1)
     return {}
 
 
@@ -228,44 +235,16 @@ async def outputs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return said
 
 
-def log_probabilities(answers: list[Any]) -> list[tuple[float, int]]:
-    """(log-probability, token) of every token out."""
-    return [
-        (entry[0], entry[1])
-        for answer in answers
-        for entry in answer["meta_info"]["output_token_logprobs"]
-    ]
-
-
-def print_outputs(said: dict[str, dict[str, Any]]) -> None:
-    """A line for each, against the first. Ends the process at a log-probability not finite."""
-    first = next(iter(said.values()))
-    for name, one in said.items():
-        for kind in ("single", "batch"):
-            if not all(math.isfinite(log_probability) for log_probability, _ in one[kind]):
-                raise SystemExit(f"{name}: a log-probability is not finite")
-            pairs = list(zip(first[kind], one[kind], strict=True))
-            apart = [abs(a[0] - b[0]) for a, b in pairs]
-            same = sum(a[1] == b[1] for a, b in pairs)
-            bits = "bit-equal" if one[kind] == first[kind] else f"at most {max(apart):.5f} apart"
-            print(f"{name:28} {kind:6} {same} of {len(pairs)} tokens equal, log-probabilities "
-                  f"{bits}, mean {statistics.mean(apart):.6f}")  # fmt: skip
-        shown = ("lever", "low_rows_R", "num_copies_R", "balance_after_L")
-        acted = {key: one["pass"].get(key) for key in shown}
-        print(f"{name:28} last pass: {acted}" if one["pass"] else f"{name:28} no status")
-
-
 def main() -> None:
     """Compare, measure, append the rows to a file and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--server", action="append", type=Server.parse, required=True,
-        help="LABEL=URL=MODES; modes: stock, or such as drop@1.25,downgrade:experts@1.0",
+        help="LABEL=URL=MODES; modes: stock, or such as drop@1.25,downgrade:experts@1.0; "
+        "with resident copies none:even,none:quota",
     )  # fmt: skip
     parser.add_argument("--skew-file", required=True)
-    parser.add_argument(
-        "--skews", default="1,2,3", help="loads to impose: max/mean rank rows, such as 2,2 moving"
-    )
+    parser.add_argument("--skews", default="1,2,3", help="loads to impose, such as 2,2 moving")
     parser.add_argument("--logs", default=".", help="folder of server-LABEL.log, for mode eplb")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=4096, help="prompt tokens a request")

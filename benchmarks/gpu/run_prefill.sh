@@ -18,7 +18,8 @@
 # layers; SLOTS=32 are 288 MiB), rebalanced every REBALANCE passes; before each measured burst it
 # learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". Two ranks that share out
 # hot and cold experts evenly are balanced for the opposite load too: for a history that does not
-# match take experts=8 on both sides. WARMUPS bursts of each are
+# match take experts=8 on both sides. Resident copies: stock copies, COPIES (4) replicas a rank and
+# layer for the load PLACED ("2 still experts=8"), split evenly and by quota. WARMUPS bursts of each are
 # not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS, MAX_TOTAL (KV tokens) and
 # MEM_FRACTION (0.85) size the servers.
 . "$(dirname "$0")/servers.sh"
@@ -34,8 +35,8 @@ case $size in
   *) echo "SIZE=$size: large or small" >&2; exit 2 ;;
 esac
 common=(--model-path "$plugins/model" --load-format dummy --skip-tokenizer-init
-  "${expert_parallel[@]}" --chunked-prefill-size "$((tokens * num_gpus))"
-  --max-prefill-tokens "$((tokens * num_gpus))" --mem-fraction-static "${MEM_FRACTION:-0.85}"
+  "${expert_parallel[@]}" --chunked-prefill-size "$((tokens * num_ranks))"
+  --max-prefill-tokens "$((tokens * num_ranks))" --mem-fraction-static "${MEM_FRACTION:-0.85}"
   --max-total-tokens "${MAX_TOTAL:-100000}")
 
 servers=()
@@ -53,6 +54,11 @@ for asked in "${@:-stock}"; do
     downgrade) flags=(--moelb-mode downgrade) vision=1 modes=none,downgrade@1.0 ;;
     resident) vision=1 modes=downgrade@1.0
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}') ;;
+    copies) modes=none:even,none:quota
+      python3 -m benchmarks.gpu.make_placement --model "$plugins/model" --ranks "$num_ranks" \
+        --slots "${COPIES:-4}" --load "${PLACED:-2 still experts=8}" --out "$out/placement.json"
+      flags=(--moelb-mode none --moelb-config "{\"resident\": {\"placement\": \"$out/placement.json\",
+        \"recalibrate\": true, \"move_ms\": 0, \"window_passes\": 8, \"split\": \"quota\"}}") ;;
     eplb) modes=eplb
       flags=(--enable-eplb --ep-num-redundant-experts "${REDUNDANT:-6}"
         --eplb-rebalance-num-iterations "${REBALANCE:-16}") ;;

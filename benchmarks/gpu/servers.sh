@@ -1,5 +1,6 @@
 # Sourced by the benchmarks beside it: servers side by side on the GPUs of one host, each on its own
-# port, with the plugins found where pip cannot be used. Reads NUM_GPUS, OUT and PORT.
+# port, with the plugins found where pip cannot be used. Reads NUM_GPUS, OUT and PORT. With NUM_RANKS
+# more than NUM_GPUS ranks share GPUs: for checks, not for times (shared_gpus.py).
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=${OUT:-results} next_port=${PORT:-21000}
@@ -17,6 +18,11 @@ lay_plugin() { # distribution, then NAME=MODULE:FUNCTION of group sglang.srt.plu
 }
 lay_plugin sglang_moelb moelb=sglang_moelb.plugin:register
 export PYTHONPATH="$plugins:$repo:${PYTHONPATH:-}"
+num_ranks=${NUM_RANKS:-${NUM_GPUS:-1}}
+if [ "$num_ranks" -gt "${NUM_GPUS:-1}" ]; then
+  lay_plugin moelb_share moelb_share=benchmarks.gpu.shared_gpus:register
+  export MOELB_BENCH_SHARE_GPUS=1 NCCL_MULTI_RANK_GPU_ENABLE=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1
+fi
 # A server that starts beside others finds less memory free on one GPU than on the next.
 export SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK=0
 
@@ -57,8 +63,8 @@ stop_servers() {
 }
 trap stop_servers EXIT
 
-# Expert parallel over DeepEP, one data-parallel attention rank a GPU.
-expert_parallel=(--tp "${NUM_GPUS:-1}" --ep "${NUM_GPUS:-1}" --dp "${NUM_GPUS:-1}"
+# Expert parallel over DeepEP, one data-parallel attention rank each.
+expert_parallel=(--tp "$num_ranks" --ep "$num_ranks" --dp "$num_ranks"
   --enable-dp-attention --moe-a2a-backend deepep --deepep-mode normal
   --moe-runner-backend deep_gemm --deepep-dispatcher-output-dtype bf16)
 

@@ -111,6 +111,13 @@ def check_bytes(stored_L: list[Any], fresh_L: list[Any], rank: int) -> None:
                 raise SystemExit(f"rank {rank}: {name} of layer {number} is not a fresh start's")
 
 
+def note_stall(stalls: dict[str, list[float]], before: Any, after: Any) -> None:
+    """Add what the mover counted in a pass to the part that was under way before it."""
+    stall_ms = after["stall_ms"] - before["stall_ms"]
+    if before["pending"] and stall_ms > 0:
+        stalls.setdefault(before["pending"]["part"], []).append(stall_ms)
+
+
 def main() -> None:
     """Move all slots of all layers, and compare with a start that has them so."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -145,11 +152,14 @@ def main() -> None:
         for layer in range(NUM_LAYERS)
         for at, copy in enumerate(placed(num_ranks, last).replicas)
     ]
+    stalls: dict[str, list[float]] = {}
     start_s = time.perf_counter()
     for number, one in enumerate(wanted, start=1):
         word = replace(one, number=number).word()
         for _ in range(MOST_PASSES):
+            before = mover.told()
             passes.run(word)
+            note_stall(stalls, before, mover.told())
             if mover.moved.word == word:
                 break
         else:
@@ -173,6 +183,9 @@ def main() -> None:
               f"passes and {1e3 * took_s / num_moves:.1f} ms each; last chunk "
               f"{told['chunk_bytes'] / 1e6:.2f} MB; told stalls {told['stall_ms']:.1f} ms, most "
               f"{told['max_stall_ms']:.3f} ms, allowed {MOVE_MS} ms")  # fmt: skip
+        for part, counted in stalls.items():
+            print(f"  {part}: {len(counted)} parts, told stall median "
+                  f"{statistics.median(counted):.3f} ms, most {max(counted):.3f}")  # fmt: skip
         print("ok")
     dist.destroy_process_group()
 

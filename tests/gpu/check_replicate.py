@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tests/gpu/check_replicate.py --steps 10000
     torchrun --standalone --nproc-per-node 2 tests/gpu/check_replicate.py --die-at 300; echo $?
+    torchrun --standalone --nproc-per-node 4 tests/gpu/check_replicate.py --steps 100
 
 Real plan, copies, DeepEP and lever; weights are small integers, and what stands for the experts'
 GEMMs adds up a sample of each chosen expert's words, so that sums are exact and an output row is
@@ -10,7 +11,7 @@ sizes, another skew and another policy; some have a slow rank, some a run that r
 some a rank without tokens. Status 1 if a row is wrong, a rank computes other rows than its quotas
 say, or memory grows. With `--die-at` rank 0 ends by a signal while copies are under way: the status
 is not 0, and the first command must pass again right after it. `--device cpu` runs the same over
-the stand-in for DeepEP.
+the stand-in for DeepEP. More ranks than GPUs share them, in time slices: right, but slow.
 
 Shape letters: T tokens of a rank, K top-k, N received rows, P places of a rank: own experts and
 slots, E experts, H hidden size, L layers, R ranks, S slots of a rank.
@@ -30,6 +31,9 @@ from typing import Any
 
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+# For more ranks than GPUs.
+os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]  # runs from a checkout, nothing installed
 
@@ -182,7 +186,9 @@ def check(
 
 def steps(sizes: argparse.Namespace, rank: int, group: dist.ProcessGroup) -> int:
     """All steps; how many experts were copied to this rank."""
-    device = torch.device(sizes.device, rank if sizes.device == "cuda" else None)
+    device = torch.device(
+        sizes.device, torch.cuda.current_device() if sizes.device == "cuda" else None
+    )
     topology = Topology(
         num_layers=NUM_LAYERS, num_experts=sizes.experts, num_ranks=sizes.ranks, topk=TOPK
     )
@@ -246,8 +252,8 @@ def main() -> None:
     sizes = parser.parse_args()
     rank, sizes.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if sizes.device == "cuda":
-        torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     else:
         dist.init_process_group("gloo")
     begun_s = time.monotonic()

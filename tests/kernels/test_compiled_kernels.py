@@ -24,6 +24,7 @@ from sglang_moelb.kernels.lay_blocks import kernel as lay
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.quantise_rows import kernel as rows
+from sglang_moelb.kernels.sum_words import kernel as sums
 
 weights = [torch.zeros(4, 256, 128).bfloat16(), torch.zeros(4, 128, 384).bfloat16()]
 out = [torch.zeros(weight.shape).to(torch.float8_e4m3fn) for weight in weights]
@@ -77,11 +78,12 @@ for room, block in ((0, 8), (16, 64), (5, 48)):
         lay.lay_blocks(
             numbers[start : start + 4], num_rows=4 * room or 1000, room=room, block=block
         )
+for num_words in (1, 2, 4096, 5000):
+    sums.sum_words(torch.zeros(8 * num_words, dtype=torch.uint8))
 jits = {"convert": convert._convert, "quantise": rows._quantise}
 jits |= {"plan": plan._plan, "pull": pull._pull, "count": counts_of._count}
 jits |= {"masked": rows._quantise_masked, "join": join._join}
-jits |= {"lay": lay._lay}
-jits |= {"powers": rows._quantise_ue8m0}
+jits |= {"powers": rows._quantise_ue8m0, "sums": sums._sum, "lay": lay._lay}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
     jits[name] = [variant.asm["ptx"] for variant in cache.values()]
@@ -104,6 +106,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "join": 1,
         "lay": 1,
         "powers": 1,
+        "sums": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks
         "count": 5,  # with keys or not, with amounts or not; many layers at once
@@ -127,6 +130,11 @@ def test_masked_rows_are_read_and_joined_16_bytes_a_thread(ptx: dict[str, list[s
         assert re.search(r"\bld\.global\S*\.v4\.b32", text)
     for text in ptx["join"]:
         assert not re.search(r"\bst\.global(?!\S*\.v4\.b32)", text)
+
+
+def test_words_are_summed_with_one_addition_to_memory_a_program(ptx: dict[str, list[str]]) -> None:
+    for text in ptx["sums"]:
+        assert len(re.findall(r"\b(?:atom|red)\.global\S*\.add\.u64", text)) == 1
 
 
 def test_experts_are_copied_16_bytes_a_thread(ptx: dict[str, list[str]]) -> None:

@@ -30,6 +30,7 @@ OPS = (
     "quantise_rows",
     "join_rows",
     "lay_blocks",
+    "sum_words",
 )
 
 

@@ -32,8 +32,9 @@ from sglang_moelb.controller.moves import EMPTY, Move, Moved, held_by, move_of, 
 from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import DeviceMark, HostMark, mark_on
 from sglang_moelb.ep.resident.experts import ResidentExperts
-from sglang_moelb.ep.resident.staging import Staging, checksum, prepare
+from sglang_moelb.ep.resident.staging import Staging, prepare
 from sglang_moelb.ep.resident.weights import StoredLayer, copy_expert, only, quantise
+from sglang_moelb.kernels.sum_words import sum_words
 from sglang_moelb.placement import LayerLayout, LayerPlacement
 from sglang_moelb.types import Topology
 
@@ -167,7 +168,7 @@ class Mover:
     def _warm_up(self) -> None:
         """Compile, load and pin what parts need before requests come; nothing changes."""
         quantise(self._layers[0], 0, self._staging.weights)
-        self._sum.copy_(checksum(self._staging.bytes))
+        self._sum.copy_(sum_words(self._staging.bytes))
         copies = self._layouts_L[0].copies_EC[0]
         self._copies.send_to(0, 0, copies[copies >= 0].tolist())
 
@@ -192,14 +193,14 @@ class Mover:
             dist.broadcast(chunk, dist.get_global_rank(self._group, home), group=self._group)
             one.num_sent += one.chunk_bytes
         elif one.part is Part.CHECK and self._rank in (home, move.rank):
-            self._sum.copy_(checksum(staging.bytes), non_blocking=True)
+            self._sum.copy_(sum_words(staging.bytes), non_blocking=True)
         elif one.part is Part.LEAVE and one.old != EMPTY:
             self._hold(move, EMPTY)
         elif one.part is Part.WRITE and self._rank == move.rank:
             slot = self._slot_of(move)
             copy_expert(slot, staging.weights)
             copy_expert(staging.weights, slot)
-            self._sum.copy_(checksum(staging.bytes), non_blocking=True)
+            self._sum.copy_(sum_words(staging.bytes), non_blocking=True)
         self._timed = Timed(
             begun=begun, ended=mark_on(self._device), host_ms=host.ms_until(HostMark())
         )

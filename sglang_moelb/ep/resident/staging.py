@@ -20,8 +20,7 @@ from sglang_moelb.ep.resident.weights import (
 )
 from sglang_moelb.placement import LayerLayout
 
-ALIGNMENT = 16  # bytes; of float32 views, and of the checksum's words
-SUMMED_WORDS = 1 << 17  # at a time: twice 1 MiB of memory beside the run, however long it is
+ALIGNMENT = 16  # bytes; of float32 views, and of the words that are summed
 
 
 class Staging:
@@ -57,18 +56,3 @@ def prepare(
         return
     assert stored.low is not None
     copy_expert(staging.weights, only(stored.low, layout.low[rank].index(expert)))
-
-
-def checksum(run: torch.Tensor) -> torch.Tensor:
-    """A sum over a run of bytes, int64 without dimensions, where it is; no sync.
-
-    Eight bytes a word, each times an odd weight of its own, modulo 2^64. So a change of one word is
-    always found, and words that changed places are, but for chance. Ours.
-    """
-    words = run.view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=run.device)
-    for start in range(0, words.numel(), SUMMED_WORDS):
-        part = words[start : start + SUMMED_WORDS]
-        first, end = 2 * start + 1, 2 * (start + part.numel())
-        total += torch.arange(first, end, 2, dtype=torch.int64, device=run.device).mul_(part).sum()
-    return total
