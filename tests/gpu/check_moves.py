@@ -1,8 +1,8 @@
 """On 2 or more GPUs: replicas move between passes; ends with an error.
 
-    torchrun --standalone --nproc-per-node 2 tests/gpu/check_moves.py
+    torchrun --standalone --nproc-per-node 2 tests/gpu/check_moves.py [--format mxfp4]
 
-No server. Four layers of 32 experts of 9.4 MB in fp8 on each rank, two slots a rank and layer. Each
+No server. Four layers of 32 experts on each rank, of 9.4 MB in fp8, two slots a rank and layer. Each
 pass runs the agreement, the part of a move, and matrix products as the rest of a pass. Afterwards
 every slot must hold the bytes that a fresh start with the last placement stores there, and the maps
 must be that start's. Printed: the stall of a pass on the device (events around the agreement's end,
@@ -14,6 +14,7 @@ Shape letters: L MoE layers, E experts, C copies.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -32,9 +33,10 @@ from sglang_moelb.controller.moves import Move
 from sglang_moelb.ep.agreed import Sizes
 from sglang_moelb.ep.exchange import Agreement
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.formats import FORMATS, NAMES
 from sglang_moelb.ep.resident.move import Mover
 from sglang_moelb.ep.resident.moving import MovingAgreement
-from sglang_moelb.ep.resident.weights import NAMES, WEIGHTS, store
+from sglang_moelb.ep.resident.weights import WEIGHTS, store
 from sglang_moelb.placement import LayerPlacement, Replica, layout
 from sglang_moelb.types import Policy, Topology
 
@@ -120,6 +122,9 @@ def note_stall(stalls: dict[str, list[float]], before: Any, after: Any) -> None:
 
 def main() -> None:
     """Move all slots of all layers, and compare with a start that has them so."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--format", choices=tuple(FORMATS), default="fp8")
+    low_format = FORMATS[parser.parse_args().format]
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     hosts = dist.new_group(backend="gloo")
@@ -133,7 +138,9 @@ def main() -> None:
     def make(shift: int) -> tuple[list[Any], list[Any], list[Any], ResidentExperts]:
         layers = [make_layer(100 * rank + number) for number in range(NUM_LAYERS)]
         place = layout(placed(num_ranks, shift), topology, NUM_SLOTS)
-        stored = [store(layer, place, rank=rank, group=group) for layer in layers]
+        stored = [
+            store(layer, place, rank=rank, group=group, low_format=low_format) for layer in layers
+        ]
         width = num_ranks - place.copies_EC.shape[1]
         wide = np.pad(place.copies_EC, ((0, 0), (0, width)), constant_values=-1)
         layouts = [replace(place, copies_EC=wide)] * NUM_LAYERS
