@@ -19,8 +19,8 @@
 # learns the load, or another with "eplb=eplb,eplb@2 opposite experts=8". Two ranks that share out
 # hot and cold experts evenly are balanced for the opposite load too: for a history that does not
 # match take experts=8 on both sides. Resident copies: stock copies, COPIES (4) replicas a rank and
-# layer for the load PLACED ("2 still experts=8") in FORMAT (fp8, mxfp4), split evenly and by quota. WARMUPS bursts of each are
-# not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS, MAX_TOTAL (KV tokens) and
+# layer for the load PLACED ("2 still experts=8") in FORMAT (fp8, mxfp4), split evenly and by quota.
+# WARMUPS bursts of each are not counted, REQUESTS=32 are 4 passes on 2 GPUs; LAYERS, MAX_TOTAL (KV tokens) and
 # MEM_FRACTION (0.85) size the servers.
 . "$(dirname "$0")/servers.sh"
 num_gpus=${NUM_GPUS:?} size=${SIZE:-large} repeats=${REPEATS:-4}
@@ -56,7 +56,8 @@ for asked in "${@:-stock}"; do
       flags=(--moelb-mode downgrade --moelb-config '{"downgrade": {"resident_layers": "all"}}') ;;
     copies) modes=none:even,none:quota
       python3 -m benchmarks.gpu.make_placement --model "$plugins/model" --ranks "$num_ranks" \
-        --slots "${COPIES:-4}" --format "${FORMAT:-fp8}" --load "${PLACED:-2 still experts=8}" --out "$out/placement.json"
+        --slots "${COPIES:-4}" --format "${FORMAT:-fp8}" \
+        --load "${PLACED:-2 still experts=8}" --out "$out/placement.json"
       flags=(--moelb-mode none --moelb-config "{\"resident\": {\"placement\": \"$out/placement.json\",
         \"recalibrate\": true, \"move_ms\": 0, \"window_passes\": 8, \"split\": \"quota\"}}") ;;
     eplb) modes=eplb

@@ -2,12 +2,13 @@
 
     torchrun --standalone --nproc-per-node 2 tests/gpu/check_moves.py [--format mxfp4]
 
-No server. Four layers of 32 experts on each rank, of 9.4 MB in fp8, two slots a rank and layer. Each
-pass runs the agreement, the part of a move, and matrix products as the rest of a pass. Afterwards
-every slot must hold the bytes that a fresh start with the last placement stores there, and the maps
-must be that start's. Printed: the stall of a pass on the device (events around the agreement's end,
-of the fastest rank, passes with a part of a move), its median, 99th percentile and most, beside the
-host time; the same of passes without a move; passes and time that a move takes. Under a minute.
+No server. Four layers of 32 experts on each rank, 9.4 MB each in fp8, two slots a rank and layer.
+Each pass runs the agreement, the part of a move, and matrix products as the rest of a pass.
+Afterwards every slot must hold the bytes that a fresh start with the last placement stores there,
+and the maps must be that start's. Printed: the stall of a pass on the device (events around the
+agreement's end, of the fastest rank, passes with a part of a move), its median, 99th percentile and
+most, beside the host time; the same of passes without a move; passes and time that a move takes.
+Under a minute.
 
 Shape letters: L MoE layers, E experts, C copies.
 """
