@@ -50,7 +50,7 @@ pytestmark = pytest.mark.e2e
 HIDDEN, INNER = 128, 256  # of the demo models' experts
 WEIGHTS = 3 * HIDDEN * INNER
 GAPS = {"fp8": 8, "mxfp4": 0}  # in an expert that moves: fp8's last part, 8 bytes, begins at 16
-APART = {"fp8": 0.25, "mxfp4": 0.75}  # mean of log-probabilities, for weights this random
+APART = {"fp8": 0.25, "mxfp4": 0.4}  # mean of log-probabilities; found 0.13 and 0.22 at most
 PROMPTS = {"image": IMAGE, "images": TWO_IMAGES, "text": TEXT}
 # Stopped by the last until a test lets it go.
 MOVES = {"recalibrate": True, "window_passes": 4, "min_gain": 0.01, "move_ms": 0.0}
