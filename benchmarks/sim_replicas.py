@@ -32,6 +32,8 @@ from sglang_moelb.types import IntArray
 NUM_TOKENS, MIN_ROWS, NUM_SEEDS = 8192, 256, 5
 SIZES = tuple(product((4, 8, 32, 64), (128, 256)))
 SLOTS = (4, 8)
+FEW_RANKS = ((4, 256, 12), (4, 256, 16))  # whose many experts need more slots than others
+CASES = sorted((*((*size, num_slots) for size, num_slots in product(SIZES, SLOTS)), *FEW_RANKS))
 KINDS = (
     *(("rank", skew) for skew in (1.5, 2.0, 3.0, 4.0)),
     *(("expert", share) for share in (0.05, 0.15, 0.3)),
@@ -98,7 +100,7 @@ def worst(rows_PLR: IntArray) -> float:
 
 def all_rows() -> Iterator[Row]:
     """Every size, number of slots and routing."""
-    for (num_ranks, num_experts), num_slots in product(SIZES, SLOTS):
+    for num_ranks, num_experts, num_slots in CASES:
         for kind, strength in KINDS:
             case = RoutingCase(
                 kind=kind,
@@ -115,8 +117,8 @@ def table(rows: list[Row]) -> str:
         "| ranks, experts | slots | before | ours | UltraEP's rule | LLEP's rule | copies a rank |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (num_ranks, num_experts), num_slots in product(SIZES, SLOTS):
-        size = (num_ranks, num_experts, num_slots)
+    for size in CASES:
+        num_ranks, num_experts, num_slots = size
         of_size = [r for r in rows if (r.num_ranks, r.num_experts, r.num_slots) == size]
         befores = [row.before for row in of_size]
         most = max(row.mean_copies for row in of_size)

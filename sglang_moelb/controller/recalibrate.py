@@ -9,8 +9,11 @@ Pure. A layer a prefill pass, in turn:
 3. Below `resident.min_gain` nothing moves, and a layer that has moved rests for a window.
 4. Else the slots that differ move one after another. One that fails ends its layer's plan.
 
-Rows of an expert are taken to be split evenly between its copies. Any expert may gain a replica:
-that of a high original is quantised from it, that of a low one is a copy of its bytes.
+Rows of an expert are split evenly between its copies, or with `resident.split` quota by shares: the
+replicas that are there by those in force or by better ones that can be planned for them, those to
+come by what would be planned for them. So no layer moves for what new shares bring. Any expert may
+gain a replica: that of a high original is quantised from it, that of a low one is a copy of its
+bytes.
 
 Shape letters: P passes of the window, L MoE layers, E logical experts.
 """
@@ -18,6 +21,7 @@ Shape letters: P passes of the window, L MoE layers, E logical experts.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -35,8 +39,8 @@ from sglang_moelb.controller.moves import (
     with_slot,
 )
 from sglang_moelb.controller.place_resident import replicas_for
-from sglang_moelb.controller.resident_load import rank_rows
-from sglang_moelb.placement import LayerPlacement, num_slots_of
+from sglang_moelb.controller.split import Shares, plan_shares, rank_rows
+from sglang_moelb.placement import LayerPlacement, Replica, num_slots_of
 from sglang_moelb.types import IntArray, Topology
 
 
@@ -97,8 +101,11 @@ class Recalibration:
             self._window = deque(self._window, maxlen=config.window_passes)
         self._config = config
 
-    def step(self, rows_LE: IntArray, moved: Moved | None) -> None:
-        """Take in a prefill pass: its rows by logical expert, and how far the last move is."""
+    def step(self, rows_LE: IntArray, moved: Moved | None, shares_L: Sequence[Shares] = ()) -> None:
+        """Take in a prefill pass: its rows by logical expert, and how far the last move is.
+
+        `shares_L` are those in force for `layers` as they are before; none where all are even.
+        """
         self._window.append(rows_LE)
         self._rest = [max(rest - 1, 0) for rest in self._rest]
         if self._is_pending and moved and moved.word == self.word:
@@ -106,7 +113,7 @@ class Recalibration:
         if self._is_pending:
             return
         if not self._plan:
-            self._look()
+            self._look(shares_L)
         if self._plan:
             self._issue()
 
@@ -125,7 +132,7 @@ class Recalibration:
         elif not self._plan:
             self.reason = f"layer {layer} has moved; {self.reason}"
 
-    def _look(self) -> None:
+    def _look(self, shares_L: Sequence[Shares]) -> None:
         """Judge the next layer, and plan its moves where they pay."""
         window_passes = self._config.window_passes
         if len(self._window) < window_passes:
@@ -141,13 +148,22 @@ class Recalibration:
             return
         rows_PE = np.stack([rows_LE[layer] for rows_LE in self._window])
         places_E, judges_E = rows_PE[0::2].sum(axis=0), rows_PE[1::2].sum(axis=0)
-        wanted = replicas_for(places_E, self._topology, self._num_slots, "ranks")
-        before = self._busiest(judges_E, self.layers[layer])
-        after = self._busiest(judges_E, LayerPlacement(replicas=tuple(wanted)))
-        if before <= 0:
+        if not judges_E.any():
             self.reason = f"layer {layer} has no rows"
             return
-        change = Change(layer=layer, before=before, after=after)
+        # A layer that has just moved rests, so these are shares of the replicas that it has.
+        now = self._busiest(judges_E, self.layers[layer], shares_L[layer] if shares_L else {})
+        mean = float(judges_E.sum()) / self._topology.num_ranks
+        change = Change(layer=layer, before=now, after=mean)  # the most that any plan could bring
+        wanted: list[Replica] = []
+        if change.gain >= self._config.min_gain:
+            wanted = replicas_for(places_E, self._topology, self._num_slots, "ranks")
+            there, to_come = self.layers[layer], LayerPlacement(replicas=tuple(wanted))
+            change = Change(
+                layer=layer,
+                before=min(now, self._split_anew(places_E, judges_E, there)),
+                after=self._split_anew(places_E, judges_E, to_come),
+            )
         if change.gain < self._config.min_gain:
             least = f"{self._config.min_gain:.1%}"
             self.reason = f"layer {layer}'s busiest rank would lose less than {least} of its rows"
@@ -155,8 +171,14 @@ class Recalibration:
         self._plan = steps_between(self._held[layer], wanted)
         self._change = change
 
-    def _busiest(self, rows_E: IntArray, layer: LayerPlacement) -> float:
-        return float(rank_rows(rows_E[None, None], (layer,), self._topology).max())
+    def _split_anew(self, places_E: IntArray, judges_E: IntArray, layer: LayerPlacement) -> float:
+        """Rows of the busiest rank of `judges_E` under the split that `places_E` would get."""
+        by_quota = self._config.split == "quota"
+        shares = plan_shares(places_E, layer, self._topology) if by_quota else {}
+        return self._busiest(judges_E, layer, shares)
+
+    def _busiest(self, rows_E: IntArray, layer: LayerPlacement, shares: Shares) -> float:
+        return float(rank_rows(rows_E, layer, shares, self._topology).max())
 
     def _issue(self) -> None:
         """Make the next step of the plan the newest move."""

@@ -167,6 +167,7 @@ class Splitting:
         self._topology = topology
         self._shares: list[dict[int, tuple[int, ...]]] = [{} for _ in range(topology.num_layers)]
         self._ranks: list[dict[int, list[int]]] = [{} for _ in range(topology.num_layers)]
+        self._followed: tuple[LayerPlacement, ...] = ()
         self._queue: deque[Split] = deque()
         self._next_layer = 0
         self.words: tuple[int, ...] = ()  # for the policy
@@ -180,6 +181,9 @@ class Splitting:
 
     def _follow(self, layers: tuple[LayerPlacement, ...]) -> None:
         """An expert whose copies have changed is split evenly, as the ranks do by themselves."""
+        if layers is self._followed:  # a look at all costs milliseconds
+            return
+        self._followed = layers
         for number, layer in enumerate(layers):
             ranks = ranks_of(layer, self._topology)
             for expert, held in self._ranks[number].items():

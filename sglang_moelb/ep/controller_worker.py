@@ -164,7 +164,8 @@ class Worker:
         if not follows:
             return
         before = follows.layers, self._splitting.words
-        follows.step(record.rows_LEM.sum(axis=2), told.agreed.moved)
+        shares_L = self._splitting.shares_of(follows.layers)
+        follows.step(record.rows_LEM.sum(axis=2), told.agreed.moved, shares_L)
         self._share(told.agreed.moved)
         if (follows.layers, self._splitting.words) != before:
             self._split = SplitRows(

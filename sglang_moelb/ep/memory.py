@@ -6,10 +6,14 @@ dispatch, after that, and cost the KV cache nothing.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("sglang_moelb")
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,24 +52,48 @@ class MemoryLedger:
             "kv_tokens_lost": self.kv_tokens_lost,
         }
 
+    @property
+    def kv_tokens_won(self) -> int:
+        """Tokens of this rank's KV cache that a resident placement has made room for."""
+        freed = self.experts_bytes_before - self.experts_bytes_after
+        return freed // self.kv_token_bytes if self.kv_token_bytes else 0
+
+    def log(self) -> None:
+        """Write `line` to the log, unless neither a lever nor a resident placement holds any."""
+        if self.held_bytes or self.experts_bytes_after:
+            logger.info("sglang_moelb: %s", self.line())
+
     def line(self) -> str:
-        """For the log at start."""
-        mib = 1 << 20
-        return (
-            f"memory of this rank: {self.staging_bytes / mib:.0f} MiB staging, "
-            f"{self.resident_bytes / mib:.0f} MiB resident low-precision copies, "
-            f"{self.replicas_bytes / mib:.0f} MiB replicas; "
-            f"the KV cache has {self.kv_tokens_lost} tokens less"
-        )
+        """What is held and what it costs, for the log."""
+        parts = [
+            f"{self.staging_bytes / MIB:.0f} MiB staging",
+            f"{self.resident_bytes / MIB:.0f} MiB resident low-precision copies",
+            f"{self.replicas_bytes / MIB:.0f} MiB replicas",
+            f"{deepep_bytes() / MIB:.0f} MiB DeepEP's buffers"
+            if _deepep_buffer()
+            else "DeepEP's buffers not yet, they come with the first dispatch",
+        ]
+        costs = f"the KV cache has {self.kv_tokens_lost} tokens less, none for DeepEP's buffers"
+        if self.experts_bytes_after:
+            parts.append(
+                f"{self.experts_bytes_after / MIB:.1f} MiB experts, "
+                f"{self.experts_bytes_before / MIB:.1f} before resident.placement"
+            )
+            costs += f", and {self.kv_tokens_won} more for experts stored low"
+        return f"memory of this rank: {', '.join(parts)}; {costs}"
 
 
 def deepep_bytes() -> int:
     """Memory of DeepEP's buffers on this rank; 0 before the first dispatch."""
+    buffer = _deepep_buffer()
+    return sum(int(getattr(buffer, name, 0)) for name in ("num_nvl_bytes", "num_rdma_bytes"))
+
+
+def _deepep_buffer() -> Any:
+    """DeepEP's buffer of this process; None before the first dispatch."""
     from sglang.srt.runtime_context import get_resources
 
-    state = get_resources().buffers.get("deepep_ep_state")
-    buffer = getattr(state, "buffer", None)
-    return sum(int(getattr(buffer, name, 0)) for name in ("num_nvl_bytes", "num_rdma_bytes"))
+    return getattr(get_resources().buffers.get("deepep_ep_state"), "buffer", None)
 
 
 def with_replicas(ledger: MemoryLedger, num_bytes: int, model_runner: Any) -> MemoryLedger:
@@ -75,6 +103,18 @@ def with_replicas(ledger: MemoryLedger, num_bytes: int, model_runner: Any) -> Me
     return replace(
         ledger,
         replicas_bytes=num_bytes,
+        kv_token_bytes=ledger.kv_token_bytes or kv_token_bytes_of(model_runner),
+    )
+
+
+def with_experts(ledger: MemoryLedger, before: int, after: int, model_runner: Any) -> MemoryLedger:
+    """`ledger` with all experts' bytes `before` and `after` a resident placement; 0 without one."""
+    if not after:
+        return ledger
+    return replace(
+        ledger,
+        experts_bytes_before=before,
+        experts_bytes_after=after,
         kv_token_bytes=ledger.kv_token_bytes or kv_token_bytes_of(model_runner),
     )
 

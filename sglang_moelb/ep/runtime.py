@@ -170,6 +170,7 @@ class Runtime:
         if not self._seams_verified:
             verify_passed()
             self._seams_verified = True
+            self._memory.log()  # once more, now that DeepEP's buffers are there
         if self._downgrade:
             self._downgrade.forget()
         if self._replicate:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from sglang_moelb.ep.controller_link import ControllerError, ControllerLink
 from sglang_moelb.ep.dispatchers import dispatchers_of
 from sglang_moelb.ep.exchange import LEADER, Agreement, exchange_for
 from sglang_moelb.ep.low.attach import attach_downgrade
-from sglang_moelb.ep.memory import with_replicas
+from sglang_moelb.ep.memory import with_experts, with_replicas
 from sglang_moelb.ep.metrics import Metrics
 from sglang_moelb.ep.modality import RowWindow
 from sglang_moelb.ep.observe import warm_up
@@ -56,13 +55,9 @@ def attach_to(model_runner: Any, config: Config) -> None:
         model_runner, config, seat.topology, seat.rank, group
     )
     config, downgrade, memory = attach_downgrade(model_runner, config, seat.rank, group)
-    memory = replace(
-        with_replicas(memory, replicas_bytes, model_runner),
-        experts_bytes_before=experts.before,
-        experts_bytes_after=experts.after,
-    )
-    if memory.held_bytes:
-        logger.info("sglang_moelb: %s", memory.line())
+    memory = with_replicas(memory, replicas_bytes, model_runner)
+    memory = with_experts(memory, experts.before, experts.after, model_runner)
+    memory.log()
     tokens = token_trace_of(seat, config)
     warm_up(seat.topology, seat.device)
     controller = _controller(seat, config, tokens) if seat.rank == LEADER else None

@@ -6,6 +6,7 @@ Shape letters: L MoE layers, E logical experts, R ranks, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_moelb.config import ResidentConfig
+from sglang_moelb.controller import recalibrate
 from sglang_moelb.controller.moves import (
     EMPTY,
     Move,
@@ -26,6 +28,7 @@ from sglang_moelb.controller.moves import (
 from sglang_moelb.controller.place_resident import replicas_for
 from sglang_moelb.controller.recalibrate import Recalibration
 from sglang_moelb.controller.resident_load import SplitRows
+from sglang_moelb.controller.split import Splitting
 from sglang_moelb.placement import LayerPlacement, Replica
 from sglang_moelb.types import FloatArray, Topology
 
@@ -156,6 +159,79 @@ def test_one_move_is_under_way_at_a_time_and_each_has_its_own_number() -> None:
     server.run(150, popularity(16))
     assert len(server.moves) > 2
     assert [move.number for move in server.moves] == list(range(1, len(server.moves) + 1))
+
+
+SMALL = Topology(num_layers=1, num_experts=8, num_ranks=2, topk=1)
+EXCHANGED = (LayerPlacement(replicas=(Replica(expert=0, rank=1), Replica(expert=4, rank=0))),)
+SHARED = (600, 700, 100, 50, 300, 100, 50, 25)  # expert 0's copies make both ranks equal by shares
+
+
+def moves_of(
+    rows: tuple[int, ...], split: Literal["even", "quota"]
+) -> tuple[list[Move], float, Recalibration]:
+    """Moves where each of 60 passes has `rows`, and max/mean of the last by the shares it has.
+
+    All is done before the next pass.
+    """
+    config = ResidentConfig(recalibrate=True, window_passes=4, min_gain=0.05, split=split)
+    follows, splitting = Recalibration(config, EXCHANGED, SMALL), Splitting(SMALL)
+    rows_LE, moved, moves = np.array([rows]), Moved(), list[Move]()
+    for _ in range(60):
+        rows_now = follows.rows()
+        if split == "quota" and rows_now is not None:
+            splitting.step(rows_now, follows.layers, splitting.words, skip=follows.moving)
+        follows.step(rows_LE, moved, splitting.shares_of(follows.layers))
+        move = move_of(follows.word)
+        if move and move.word() != moved.word:
+            moves.append(move)
+            moved = Moved(word=move.word(), held=move.expert)
+    (rows_R,) = SplitRows(follows.layers, SMALL, splitting.shares_of(follows.layers))(rows_LE)
+    return moves, float(rows_R.max() / rows_R.mean()), follows
+
+
+def test_by_quota_a_layer_that_shares_balance_is_left_alone_and_moves_with_an_even_split() -> None:
+    moves, balance, follows = moves_of(SHARED, "quota")
+    assert (moves, follows.word) == ([], 0)
+    assert balance < 1.01
+    assert "less than 5.0%" in follows.reason
+    moves, _, follows = moves_of(SHARED, "even")
+    assert (moves[0].rank, moves[0].expert) == (0, EMPTY)
+    assert follows.layers != EXCHANGED
+
+
+def test_by_quota_a_layer_that_no_shares_can_balance_moves() -> None:
+    # Rank 0 has 350 rows that no copy can take from it, more than half of all.
+    rows = (10, 50, 150, 150, 10, 20, 20, 20)
+    moves, balance, follows = moves_of(rows, "quota")
+    assert moves
+    assert follows.layers != EXCHANGED
+    assert balance < 1.1
+    (rows_R,) = SplitRows(EXCHANGED, SMALL, ({0: (1, 63), 4: (63, 1)},))(np.array([rows]))
+    assert rows_R.max() / rows_R.mean() > 1.5
+
+
+def test_shares_that_are_still_to_come_are_reckoned_with() -> None:
+    config = ResidentConfig(recalibrate=True, window_passes=4, min_gain=0.05, split="quota")
+    follows = Recalibration(config, EXCHANGED, SMALL)
+    for _ in range(8):
+        follows.step(np.array([SHARED]), Moved())
+    assert follows.word == 0
+
+
+def test_a_layer_that_the_shares_in_force_balance_is_not_planned_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError(args)
+
+    monkeypatch.setattr(recalibrate, "replicas_for", fail)
+    config = ResidentConfig(recalibrate=True, window_passes=2, min_gain=0.05, split="quota")
+    follows = Recalibration(config, EXCHANGED, SMALL)
+    for _ in range(6):
+        follows.step(np.array([SHARED]), Moved(), ({0: (1, 63), 4: (42, 22)},))
+    assert "less than 5.0%" in follows.reason
+    with pytest.raises(AssertionError):
+        follows.step(np.array([SHARED]), Moved(), ({},))
 
 
 moves = st.builds(

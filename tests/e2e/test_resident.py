@@ -150,7 +150,13 @@ def test_the_memory_of_experts_is_told_and_has_not_grown(
     after += low + GAPS[low_format] if which != "fixed" else 0
     assert memory["experts_bytes_after"] == after
     assert memory["experts_bytes_after"] < before
-    assert f"places low in {low_format};" in server.log.read_text()
+    log = server.log.read_text()
+    assert f"places low in {low_format};" in log
+    lines = [line for line in log.splitlines() if "memory of this rank" in line]
+    assert all("before resident.placement" in line for line in lines)
+    at_start, later = lines[:NUM_RANKS], lines[NUM_RANKS:]
+    assert ["buffers not yet" in line for line in at_start] == [True] * NUM_RANKS
+    assert ["MiB DeepEP's buffers" in line for line in later] == [True] * NUM_RANKS
 
 
 def test_rows_are_told_as_split_between_copies(server: Server) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from sglang_moelb.config import Config, merge
+from sglang_moelb.controller import recalibrate
 from sglang_moelb.controller.moves import Moved, move_of
+from sglang_moelb.controller.place_resident import replicas_for
 from sglang_moelb.controller.split import UNITS, split_of
 from sglang_moelb.ep import controller_worker
 from sglang_moelb.ep.agreed import Agreed, Sizes
@@ -114,6 +116,34 @@ def test_by_quota_the_policy_carries_shares_and_goes_back_to_even_when_told(work
         policy = worker.read(told(step, moved, policy)).policy or policy
         moved = Moved(split=policy.split)
     assert all(not split_of(word).shares for word in policy.split)  # type: ignore[union-attr]
+
+
+def test_by_quota_a_layer_that_its_shares_balance_never_moves_and_is_not_planned_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+
+    def by_shares(raw: RawPass, *args: Any) -> StepRecord:
+        whole = record(raw, *args)
+        # The copy on rank 1 takes 400 of 700; half of them would leave 850 and 750 on the ranks.
+        whole.rows_LEM[:, :, 0] = [700, 300, 100, 100, 100, 100, 100, 100]
+        return whole
+
+    def plan(*args: Any) -> Any:
+        planned.append(step)
+        return replicas_for(*args)
+
+    monkeypatch.setattr(controller_worker, "build", by_shares)
+    monkeypatch.setattr(recalibrate, "replicas_for", plan)
+    knobs = {"split": "quota", "min_gain": 0.02}
+    policy = worker.reconfigure(merge(worker._setup.config, {"resident": knobs})).policy
+    for step in range(40):
+        moved = Moved(split=policy.split)
+        policy = worker.read(told(step, moved, policy)).policy or policy
+        assert not policy.move
+    assert policy.split
+    assert planned, "before its shares were in force"
+    assert max(planned) < 10
 
 
 def test_a_limit_of_0_travels_with_the_policy_at_once(worker: Worker) -> None:
