@@ -37,7 +37,8 @@ class PassLoad:
     added up over layers, before any lever, and `slowest_rows_run` after the one that acted, where
     rows at low precision count for what they cost; `my_rows_L` what this rank's experts received,
     `my_low_L` where any of it ran at low precision, `my_copied_L` where experts were copied to it;
-    `num_copy_layers` had copies on any rank. `mean_balance` is over layers.
+    `num_copies` are those to the rank that received most in a layer, added up over layers.
+    `mean_balance` is over layers.
     """
 
     record: StepRecord
@@ -53,7 +54,7 @@ class PassLoad:
     num_refused_tokens: int
     slowest_rows: int
     slowest_rows_run: int
-    num_copy_layers: int
+    num_copies: int
 
 
 def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
@@ -94,7 +95,7 @@ def load_of(
         num_refused_tokens=_total(record.num_refused_tokens_R),
         slowest_rows=int(max_L.sum()),
         slowest_rows_run=int(run_LR.max(axis=1).sum()),
-        num_copy_layers=int(np.count_nonzero(copies_LR.any(axis=1))),
+        num_copies=int(copies_LR.max(axis=1).sum()),
     )
 
 
