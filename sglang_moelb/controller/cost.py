@@ -18,7 +18,6 @@ from types import MappingProxyType
 import numpy as np
 
 from sglang_moelb.controller.load import BoolArray, PassLoad, usable_times
-from sglang_moelb.controller.rank_times import RankTimes
 from sglang_moelb.types import FloatArray
 
 FIT_PASSES = 64  # older passes would weigh under 4 % of the newest
@@ -67,9 +66,10 @@ def fit(
     means over layers of other ranks, which count for as many layers: where this rank always has
     few rows, only the others say what many cost.
 
-    Layers in which any row ran at low precision are left out, and those to which this rank had
-    experts copied; where no other is left, what was fitted `before` still holds, and if there is
-    nothing before, layers with copies are better than none.
+    Layers in which any row ran at low precision or experts were copied are left out on all ranks,
+    for those that did not run so have few rows, which do not say what many cost. Where no other
+    layer is left, what was fitted `before` still holds, and if there is nothing before, layers with
+    copies are better than none.
     Times that are not finite, 0 or outliers are ignored (`usable_times`). Where all samples have
     about the same rows, or the slope would not be positive, all time is put on the rows; where the
     fixed part would be negative, it is 0. Runs on the host. Ours.
@@ -79,8 +79,8 @@ def fit(
         return before
     rows_N = np.concatenate([load.my_rows_L for load in recent])
     ms_N = np.concatenate([load.record.experts_ms_L for load in recent])
-    low_N = np.concatenate([load.my_low_L for load in recent])
-    copied_N = np.concatenate([load.my_copied_L for load in recent])
+    low_N = np.concatenate([load.low_L for load in recent])
+    copied_N = np.concatenate([load.copied_L for load in recent])
     weight_N = _weights(len(recent), len(rows_N) // len(recent))
     if told:
         others_3 = _others(recent, told)
@@ -126,15 +126,15 @@ def step_times(
 def _others(
     recent: Sequence[PassLoad], told: Mapping[int, Mapping[int, float]]
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean rows and mean ms of a layer, and weights, of other ranks without low rows or copies."""
+    """Mean rows and ms of a layer, and weights, of other ranks without low rows or copies."""
     samples = []
     for age, load in enumerate(reversed(recent)):
+        if load.low_L.any() or load.copied_L.any():
+            continue
         num_layers = len(load.rows_L)
         for rank, experts_ms in told.get(load.record.step, {}).items():
-            times = RankTimes.of(load.record, rank, experts_ms)
-            if not (times.low_NG.any() or times.copies_NG.any()):
-                weight = num_layers * FORGETTING**age
-                samples.append((times.rows_NG.mean(), experts_ms / num_layers, weight))
+            rows = load.record.rows_after_LR[:, rank].mean()
+            samples.append((rows, experts_ms / num_layers, num_layers * FORGETTING**age))
     rows_N, ms_N, weight_N = np.array(samples, dtype=np.float64).reshape(-1, 3).T
     return rows_N, ms_N, weight_N
 

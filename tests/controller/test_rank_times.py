@@ -199,6 +199,15 @@ def test_of_a_cold_leader_the_others_say_what_many_rows_cost() -> None:
     assert cost.fit(loads, told={99: {1: 1.0}, 0: {1: float("nan"), 2: 0.0, 3: 1e9}}) == alone
 
 
+def test_what_was_fitted_to_hot_ranks_holds_while_they_run_low() -> None:
+    """Under a lever the ranks that are left alone have few rows."""
+    lowered = Policy(epoch=0, lever=Lever.DOWNGRADE)
+    for hot in (0, 1):
+        low, ms_LR = lowering(hot, 0.7)(replace(record(hot_on(hot).tolist()), policy=lowered))
+        told = {0: dict(enumerate(ms_LR.sum(axis=0).tolist()))}
+        assert cost.fit([load.load_of(low, TOPOLOGY)], COSTS, told) == COSTS
+
+
 def test_low_rows_of_another_rank_do_not_make_rows_look_cheap() -> None:
     plain = record(hot_on(1).tolist(), step=0)
     lowered = Policy(epoch=0, lever=Lever.DOWNGRADE)
