@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,18 +25,9 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 Mode = Literal["none", "observe", "expand", "drop", "downgrade", "replicate", "auto"]
-MODES: tuple[Mode, ...] = (
-    "none",
-    "observe",
-    "expand",
-    "drop",
-    "downgrade",
-    "replicate",
-    "auto",
-)
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 Phase = Literal["prefill", "decode", "idle"]
-
 
 class Lever(IntEnum):
     """What is done about imbalance in a pass; the value travels between ranks."""
@@ -166,6 +157,14 @@ class Topology:
         return self.num_experts // self.num_ranks
 
 
+class RankReport(NamedTuple):
+    """What the experts of another rank took in pass `step`, over all layers."""
+
+    rank: int
+    step: int
+    experts_ms: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """What one pass saw and did, equal on all ranks but for the times, which are this rank's.
@@ -176,7 +175,7 @@ class StepRecord:
     `num_copies_LR` experts were copied to each rank; None where the lever replicate did not act.
     Gate mass is the sum of routing weights; masses and numbers of dropped and added rows are of
     all ranks' tokens, over all layers. Times are in milliseconds, 0 where not known yet. Arrays
-    are not to be written.
+    are not to be written. `reports` are of earlier passes, as they came with this one.
     """
 
     step: int
@@ -201,6 +200,7 @@ class StepRecord:
     step_ms: float
     low_rows_LR: IntArray | None = None
     num_copies_LR: IntArray | None = None
+    reports: tuple[RankReport, ...] = ()
 
     @property
     def used_lever(self) -> Lever:

@@ -1,7 +1,8 @@
 """What a sweep says: the layer with and without the lever, and what the controller would think.
 
 Pure; reads the cells of `bench_sweep`. A layer takes as long as its slowest rank: without the lever
-the hot one at high precision, with it the hot one at low precision or the next.
+the hot one at high precision, with it the hot one at low precision or the next. The hot rank is not
+the leader, and the model that is scored on a cell has learned from all cells but that one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import numpy as np
 
 from sglang_moelb.controller.cost import CostModel
 from sglang_moelb.controller.low_cost import LowCost
+from sglang_moelb.controller.rank_times import RankTimes
 from sglang_moelb.types import Topology
 
 TIE = 0.01  # a saving below 1 % of the layer, either way, is neither won nor lost
 SEEN_LAYERS = 16  # how often the learning model sees each cell
 WAYS = ("device", "synced", "exposed")
+HOT = 1  # the leader is rank 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +42,12 @@ class Cell:
         return Cell(**{name: row[name] for name in Cell.__slots__})
 
     def rows_R(self) -> np.ndarray:
-        """Rows of every rank, the hot one first."""
+        """Rows of every rank."""
         mean = self.tokens_per_expert * self.num_experts
         other = mean * (self.num_ranks - self.skew) / (self.num_ranks - 1)
-        return np.array([mean * self.skew] + [other] * (self.num_ranks - 1)).round().astype(int)
+        rows_R = np.full(self.num_ranks, other)
+        rows_R[HOT] = mean * self.skew
+        return rows_R.round().astype(int)
 
     def saved(self, way: str) -> float:
         """Share of the layer's time that the lever saves; below 0 it costs."""
@@ -54,7 +59,7 @@ class Cell:
 
 def cost_of(cells: Sequence[Cell]) -> CostModel:
     """Time of rows at high precision, least squares over hot ranks, as the controller fits it."""
-    rows = [cell.rows_R()[0] for cell in cells]
+    rows = [cell.rows_R()[HOT] for cell in cells]
     slope, fixed = np.polyfit(rows, [cell.hot_us["high_synced"] / 1e3 for cell in cells], 1)
     if fixed < 0.0:
         ms = np.array([cell.hot_us["high_synced"] / 1e3 for cell in cells])
@@ -79,18 +84,24 @@ def learned(cells: Sequence[Cell], cost: CostModel, way: str) -> LowCost:
         for cell in cells:
             rows_LR = cell.rows_R()[None]
             record = SimpleNamespace(
-                rank=0,
-                rows_after_LR=rows_LR,
-                low_rows_LR=_only_hot(rows_LR),
-                experts_ms_L=np.array([cell.hot_us[f"low_{way}"] / 1e3]),
+                rows_after_LR=rows_LR, low_rows_LR=_only_hot(rows_LR), num_copies_LR=None
             )
-            model = model.updated(record, topology_of(cell), cost)  # type: ignore[arg-type]
+            low_ms = cell.hot_us[f"low_{way}"] / 1e3
+            times = RankTimes.of(record, HOT, low_ms)  # type: ignore[arg-type]
+            model = model.updated(times, topology_of(cell), cost)
     return model
+
+
+def held_out(cells: Sequence[Cell], cost: CostModel, way: str) -> list[LowCost]:
+    """For each cell the model that has learned from all the others."""
+    return [
+        learned([other for other in cells if other is not cell], cost, way) for cell in cells
+    ]
 
 
 def _only_hot(rows_LR: np.ndarray) -> np.ndarray:
     low_LR = np.zeros_like(rows_LR)
-    low_LR[:, 0] = rows_LR[:, 0]
+    low_LR[:, HOT] = rows_LR[:, HOT]
     return low_LR
 
 
@@ -113,10 +124,9 @@ def report(cells: Sequence[Cell]) -> str:
     cost = cost_of(ordered)
     lines = [f"high precision: {cost.fixed_ms:.3f} ms + {cost.ms_per_row * 1e6:.2f} ns a row", ""]
     lines += ["| tokens an expert | skew | high, us | low, us (device, synced, exposed) "
-              "| layer saved | prior expects | after learning |",
+              "| layer saved | prior expects | after the other cells |",
               "| ---: | ---: | ---: | --- | --- | ---: | ---: |"]  # fmt: skip
-    model = learned(ordered, cost, "synced")
-    for cell in ordered:
+    for cell, model in zip(ordered, held_out(ordered, cost, "synced"), strict=True):
         times = (cell.hot_us["high_synced"], *(cell.hot_us[f"low_{way}"] for way in WAYS))
         high, *low = (f"{us:.0f}" for us in times)
         saved = ", ".join(f"{cell.saved(way):+.1%}" for way in WAYS)
@@ -125,10 +135,11 @@ def report(cells: Sequence[Cell]) -> str:
         lines.append(f"| {' | '.join((*columns, *expected))} |")
     lines.append("")
     for way in WAYS:
-        for name, one in (("prior", LowCost()), ("learned", learned(ordered, cost, way))):
+        priors = [LowCost()] * len(ordered)
+        for name, models in (("prior", priors), ("learned", held_out(ordered, cost, way))):
             wrong = [
                 f"{cell.tokens_per_expert}/{cell.skew:g}"
-                for cell in ordered
+                for cell, one in zip(ordered, models, strict=True)
                 if not agrees(cell.saved(way), forecast(cell, one, cost))
             ]
             lines.append(

@@ -21,6 +21,7 @@ from sglang_moelb.controller.own_time import OwnTimes, size_of
 from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.controller.project_replicate import CopyRule
 from sglang_moelb.controller.quality import LossModel, QualityWindow
+from sglang_moelb.controller.rank_times import RankTimes, Reports
 from sglang_moelb.controller.scoreboard import Scoreboard
 from sglang_moelb.types import (
     Decision,
@@ -53,8 +54,8 @@ class Controller:
         self._loss = LossModel()
         self._own = OwnTimes()
         self._num_losing = 0  # passes in a row that the lever made clearly longer
-        self._low_cost = LowCost()
-        self._copy_cost = HIDDEN
+        self._low_cost, self._copy_cost = LowCost(), HIDDEN
+        self._reports = Reports()
         self._cost = cost.UNMEASURED
         self._quality = QualityWindow(config.controller.quality_window_passes)
         self._estimated_s = -math.inf
@@ -87,8 +88,9 @@ class Controller:
             if entered:
                 self._own = self._own.updated(record, self._loads[-1].num_tokens)
                 self._num_losing = self._num_losing + 1 if self._lost_time(self._loads[-1]) else 0
-                self._low_cost = self._low_cost.updated(record, self._topology, self._cost)
-                self._copy_cost = self._copy_cost.updated(record, self._cost)
+                self._learn((RankTimes.own(record),))
+            if record.reports:
+                self._learn(self._reports.take(record.reports, [p.record for p in self._loads]))
             if (entered or record.lost_mass) and self._is_due(observation.now_s):
                 self._estimated_s = observation.now_s
                 self._estimate = self._estimated()
@@ -138,6 +140,12 @@ class Controller:
         self._policy = self._policy_for(self._policy.epoch + 1)
         return self._policy
 
+    def _learn(self, times: Iterable[RankTimes]) -> None:
+        """What low rows and copies cost."""
+        for one in times:
+            self._low_cost = self._low_cost.updated(one, self._topology, self._cost)
+            self._copy_cost = self._copy_cost.updated(one, self._cost)
+
     def _is_due(self, now_s: float) -> bool:
         """Whether to forecast and decide: the interval is over, or a lever must stop before."""
         limits = self._config.controller
@@ -156,7 +164,7 @@ class Controller:
         if lever is Lever.NONE or self._cost.ms_per_row <= 0.0:
             return False
         spared_ms = self._cost.ms_per_row * (one.slowest_rows - one.slowest_rows_run)
-        spared_ms -= self._copy_cost.layer_ms * one.num_copy_layers
+        spared_ms -= self._copy_cost.copy_ms * one.num_copies
         own_ms = self._own.extra_ms(lever, {size_of(one.num_tokens): 1})
         return own_ms - max(spared_ms, 0.0) > forecast.LOSING_SHARE * one.record.step_ms
 
@@ -179,15 +187,13 @@ class Controller:
             return False
         one = load.load_of(record, self._topology, self._low_cost)
         self._loads.append(one)
-        self._projections.append(self._projected(one))
+        projected = forecast.project(
+            one, self._topology, self._capacity, self._downgrade, self._low_cost, self._copies
+        )
+        self._projections.append(projected)
         dwell_passes = self._standing.dwell_passes + 1
         self._standing = replace(self._standing, dwell_passes=dwell_passes)
         return True
-
-    def _projected(self, one: load.PassLoad) -> tuple[Projection, ...]:
-        return forecast.project(
-            one, self._topology, self._capacity, self._downgrade, self._low_cost, self._copies
-        )
 
     def _board_under(self, config: Config) -> Scoreboard | None:
         board = self._board
@@ -219,7 +225,7 @@ class Controller:
 
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
-        self._cost = model = cost.fit(loads, self._cost)
+        self._cost = model = cost.fit(loads, self._cost, self._reports.by_step)
         times = self._times = self._steps(loads)
         return LoadEstimate(
             num_passes=len(loads),
@@ -241,7 +247,7 @@ class Controller:
         )
 
     def _steps(self, loads: Sequence[load.PassLoad]) -> cost.StepTimes:
-        return cost.step_times(loads, self._cost, copy_layer_ms=self._copy_cost.layer_ms)
+        return cost.step_times(loads, self._cost, copy_ms=self._copy_cost.copy_ms)
 
     def _forecasts(
         self,
@@ -261,7 +267,7 @@ class Controller:
             loss=self._loss,
             own=own,
             capacity=self._capacity,
-            copy_layer_ms=self._copy_cost.layer_ms,
+            copy_ms=self._copy_cost.copy_ms,
             num_newest=num_newest,
         )
 

@@ -100,13 +100,13 @@ def forecast(
     loss: LossModel,
     own: OwnTimes,
     capacity: Policy,
-    copy_layer_ms: float = 0.0,
+    copy_ms: float = 0.0,
     num_newest: int = 0,
 ) -> tuple[LeverForecast, ...]:
     """Forecasts of all levers over the window; `projections` are those of `loads`, in order.
 
     The gain is the time saved in the experts of the slowest rank less what the lever itself takes
-    and what copies of experts do not hide, `copy_layer_ms` a layer with copies, as a share of the
+    and what copies of experts do not hide, `copy_ms` each on the rank with most, as a share of the
     timed steps without a lever; it is negative where expansion would add more than it spares, and
     where passes are so short that the lever takes more. Where it would have taken LOSING_SHARE of
     the `num_newest` passes beyond what it saved, the gain is as if all were like those: passes that
@@ -125,9 +125,9 @@ def forecast(
     forecasts = []
     for of_lever in zip(*projections, strict=True):
         lever = of_lever[0].lever
-        spared_ms, exposed_ms = _spared_and_exposed(timed, before_P, of_lever, cost, copy_layer_ms)
+        spared_ms, exposed_ms = _spared_and_exposed(timed, before_P, of_lever, cost, copy_ms)
         saved_ms = spared_ms - exposed_ms - own.extra_ms(lever, sizes)
-        spared_ms, exposed_ms = _spared_and_exposed(newest, before_P, of_lever, cost, copy_layer_ms)
+        spared_ms, exposed_ms = _spared_and_exposed(newest, before_P, of_lever, cost, copy_ms)
         lost_ms = own.extra_ms(lever, newest_sizes) + exposed_ms - max(spared_ms, 0.0)
         if lost_ms > LOSING_SHARE * newest_ms:
             saved_ms = min(saved_ms, -lost_ms * len(timed) / len(newest))
@@ -159,12 +159,12 @@ def _spared_and_exposed(
     before_P: Sequence[int],
     left_P: Sequence[Projection],
     cost: CostModel,
-    copy_layer_ms: float,
+    copy_ms: float,
 ) -> tuple[float, float]:
     """What a lever spares in the experts of the passes `chosen`, and what its copies add there."""
     spared_rows = sum([before_P[at] - left_P[at].slowest_rows for at in chosen])
-    num_copy_layers = sum([left_P[at].num_copy_layers for at in chosen])
-    return cost.ms_per_row * spared_rows, copy_layer_ms * num_copy_layers
+    num_copies = sum([left_P[at].num_copies for at in chosen])
+    return cost.ms_per_row * spared_rows, copy_ms * num_copies
 
 
 def _forecast_one(

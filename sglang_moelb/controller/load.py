@@ -36,16 +36,17 @@ class PassLoad:
     Numbers of tokens and `rows_L` are over all ranks; `slowest_rows` the rows of the fullest rank,
     added up over layers, before any lever, and `slowest_rows_run` after the one that acted, where
     rows at low precision count for what they cost; `my_rows_L` what this rank's experts received,
-    `my_low_L` where any of it ran at low precision, `my_copied_L` where experts were copied to it;
-    `num_copy_layers` had copies on any rank. `mean_balance` is over layers.
+    `low_L` where any row of any rank ran at low precision, `copied_L` where experts were copied;
+    `num_copies` are those to the rank that received most in a layer, added up over layers.
+    `mean_balance` is over layers.
     """
 
     record: StepRecord
     rows_LR: IntArray
     rows_L: IntArray
     my_rows_L: FloatArray
-    my_low_L: BoolArray
-    my_copied_L: BoolArray
+    low_L: BoolArray
+    copied_L: BoolArray
     balance_L: FloatArray
     mean_balance: float
     num_tokens: int
@@ -53,7 +54,7 @@ class PassLoad:
     num_refused_tokens: int
     slowest_rows: int
     slowest_rows_run: int
-    num_copy_layers: int
+    num_copies: int
 
 
 def enters(record: StepRecord, *, min_batch_tokens: int) -> bool:
@@ -85,8 +86,8 @@ def load_of(
         rows_LR=rows_LR,
         rows_L=rows_L,
         my_rows_L=record.rows_after_LR[:, record.rank].astype(np.float64),
-        my_low_L=low_LR[:, record.rank] > 0,
-        my_copied_L=copies_LR[:, record.rank] > 0,
+        low_L=low_LR.max(axis=1) > 0,
+        copied_L=copies_LR.max(axis=1) > 0,
         balance_L=balance_L,
         mean_balance=float(balance_L.sum()) / topology.num_layers,
         num_tokens=_total(record.num_tokens_R),
@@ -94,7 +95,7 @@ def load_of(
         num_refused_tokens=_total(record.num_refused_tokens_R),
         slowest_rows=int(max_L.sum()),
         slowest_rows_run=int(run_LR.max(axis=1).sum()),
-        num_copy_layers=int(np.count_nonzero(copies_LR.any(axis=1))),
+        num_copies=int(copies_LR.max(axis=1).sum()),
     )
 
 

@@ -3,7 +3,7 @@
 Small groups of rows gain nothing from low precision: their GEMM waits for weights, which are
 converted first and then read. So the cost depends on the rows that an expert has.
 
-Shape letters: L MoE layers, R ranks, N layers of a pass that ran at low precision on this rank,
+Shape letters: L MoE layers, R ranks, N measured times of a rank, G layers that one of them is over,
 B buckets.
 """
 
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sglang_moelb.types import FloatArray, IntArray, StepRecord, Topology
+from sglang_moelb.types import FloatArray, IntArray, Topology
 
 if TYPE_CHECKING:
     from sglang_moelb.controller.cost import CostModel
+    from sglang_moelb.controller.rank_times import RankTimes
 
 # Measured on an H100 with DeepGEMM, both projections of 32 experts, 2048 x 768: 1.0 at 512 rows an
 # expert, 0.72 at 2,048 and 0.66 at 4,096.
@@ -27,7 +28,7 @@ PRIOR_COST = (1.0, 0.72, 0.66)
 BUCKETS = 24  # a power of two of rows an expert each
 PRIOR_LAYERS = 4.0  # so many measured layers weigh as much as the prior
 FORGETTING = 0.98
-OUTLIER = 5.0  # times the time at the model's own precision
+MIN_LOW_SHARE = 0.5  # of a rank's rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,25 +38,25 @@ class LowCost:
     cost_B: tuple[float, ...] = (0.0,) * BUCKETS
     layers_B: tuple[float, ...] = (0.0,) * BUCKETS
 
-    def updated(self, record: StepRecord, topology: Topology, cost: CostModel) -> LowCost:
-        """With one more pass, against what `cost` says of the model's own precision.
+    def updated(self, times: RankTimes, topology: Topology, cost: CostModel) -> LowCost:
+        """With what one rank took in a pass, against what `cost` says of its own precision.
 
-        Only layers count in which all rows of this rank ran low, with a time that is finite,
-        positive and no outlier. Runs on the host. Ours.
+        A time counts if at least half of its rows ran low, and by as many layers as had low rows;
+        a rank of which less ran low would say more of the fit than of low rows. Times that are not
+        finite, not positive or outliers are ignored. Runs on the host. Ours.
         """
-        if record.low_rows_LR is None or cost.ms_per_row <= 0.0:
+        low_N, rows_N = times.low_NG.sum(axis=1), times.rows_NG.sum(axis=1)
+        plain_N = times.plain_ms(cost.fixed_ms, cost.ms_per_row)
+        known_N = (low_N > 0) & (low_N >= MIN_LOW_SHARE * rows_N) & times.usable(plain_N)
+        if cost.ms_per_row <= 0.0 or not known_N.any():
             return self
-        rows_L = record.rows_after_LR[:, record.rank].astype(np.float64)
-        low_L = record.low_rows_LR[:, record.rank]
-        ms_L = record.experts_ms_L
-        high_L = cost.fixed_ms + cost.ms_per_row * rows_L
-        known_L = (low_L > 0) & (low_L == rows_L) & (ms_L > 0) & (ms_L < OUTLIER * high_L)
-        if not known_L.any():
-            return self
-        bucket_N = _bucket(rows_L[known_L] / topology.experts_per_rank)
-        saved_N = (high_L - ms_L)[known_L] / (cost.ms_per_row * rows_L[known_L])
-        costs_B = np.bincount(bucket_N, weights=1.0 - saved_N, minlength=BUCKETS)
-        layers_B = np.bincount(bucket_N, minlength=BUCKETS)
+        has_low_NG = times.low_NG > 0
+        num_layers_N = has_low_NG.sum(axis=1)[known_N]
+        mean_rows_N = (times.rows_NG * has_low_NG).sum(axis=1)[known_N] / num_layers_N
+        bucket_N = _bucket(mean_rows_N / topology.experts_per_rank)
+        cost_N = 1.0 - (plain_N - times.ms_N)[known_N] / (cost.ms_per_row * low_N[known_N])
+        costs_B = np.bincount(bucket_N, weights=cost_N * num_layers_N, minlength=BUCKETS)
+        layers_B = np.bincount(bucket_N, weights=num_layers_N, minlength=BUCKETS)
         keep_B = np.where(layers_B > 0, FORGETTING, 1.0)
         return LowCost(
             cost_B=tuple((keep_B * self.cost_B + costs_B).tolist()),

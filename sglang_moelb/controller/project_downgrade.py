@@ -26,7 +26,7 @@ class Projection:
     dropped_share: float  # dropped rows as a share of all rows
     slowest_rows: int  # the sum of max_rows_L
     low_share: float = 0.0  # rows at low precision as a share of all rows
-    num_copy_layers: int = 0  # layers in which experts are copied
+    num_copies: int = 0  # to the rank that receives most in a layer, added up over layers
 
 
 def low_ranks(rows_LR: IntArray, vision_LR: IntArray, policy: Policy) -> BoolArray:

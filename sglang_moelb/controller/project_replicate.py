@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_moelb.controller.load import BoolArray, PassLoad, balance_of
+from sglang_moelb.controller.load import PassLoad, balance_of
 from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.types import IntArray, Lever, Policy, Topology
 
@@ -46,22 +46,24 @@ def replicated(load: PassLoad, topology: Topology, rule: CopyRule) -> Projection
     """
     copies_LR = load.record.num_copies_LR
     if rule.made(load) and copies_LR is not None:
-        max_L, copied_L = load.record.rows_after_LR.max(axis=1), copies_LR.any(axis=1)
+        max_L, copies_L = load.record.rows_after_LR.max(axis=1), copies_LR.max(axis=1)
     else:
         rows_LE = load.record.rows_LEM[..., 0] + load.record.rows_LEM[..., 1]
-        max_L, copied_L = after_copies(rows_LE.reshape(*load.rows_LR.shape, -1), rule)
+        max_L, copies_L = after_copies(rows_LE.reshape(*load.rows_LR.shape, -1), rule)
     return Projection(
         lever=Lever.REPLICATE,
         max_rows_L=max_L,
         balance=float(balance_of(max_L, load.rows_L, topology.num_ranks).mean()),
         dropped_share=0.0,
         slowest_rows=int(max_L.sum()),
-        num_copy_layers=int(copied_L.sum()),
+        num_copies=int(copies_L.sum()),
     )
 
 
-def after_copies(rows_LRK: IntArray, rule: CopyRule) -> tuple[IntArray, BoolArray]:
-    """Rows of the fullest rank of each layer, and whether a copy is made in it.
+def after_copies(rows_LRK: IntArray, rule: CopyRule) -> tuple[IntArray, IntArray]:
+    """Rows of the fullest rank of each layer, and the copies to the rank that receives most in it.
+
+    The copies are taken to be spread evenly over the ranks that have room for one.
 
     Args:
         rows_LRK: rows of each expert by the rank that holds it.
@@ -70,7 +72,7 @@ def after_copies(rows_LRK: IntArray, rule: CopyRule) -> tuple[IntArray, BoolArra
     Runs on the host. Ours.
 
     Example: two ranks of two experts with rows [[50, 30], [10, 10]] and a slot each: the mean is
-    50, which expert 0 alone can bring rank 0 to, so 50 and True.
+    50, which expert 0 alone can bring rank 0 to, so 50 and 1 copy.
     """
     num_layers, num_ranks, size = rows_LRK.shape
     policy = rule.policy
@@ -99,8 +101,14 @@ def after_copies(rows_LRK: IntArray, rule: CopyRule) -> tuple[IntArray, BoolArra
     missed_LC = np.maximum(need_LCR - freed_LCR, 0).max(axis=2)
     taken_LC = np.where(room_LCR >= least, room_LCR, 0).sum(axis=2)
     missed_LC = np.maximum(missed_LC, need_LCR.sum(axis=2) - taken_LC)
-    after_L = (limit_LC + missed_LC).min(axis=1)
-    return after_L, after_L < load_LR[:, 0]
+    after_LC = limit_LC + missed_LC
+    best_L1 = after_LC.argmin(axis=1)[:, None]
+    num_to_LC = np.maximum((room_LCR >= least).sum(axis=2), 1)
+    copies_LC = np.clip(-(-given_LCR.sum(axis=2) // num_to_LC), 1, rule.num_slots)
+    after_L, copies_L = (
+        np.take_along_axis(one_LC, best_L1, axis=1)[:, 0] for one_LC in (after_LC, copies_LC)
+    )
+    return after_L, copies_L * (after_L < load_LR[:, 0])
 
 
 def _limits(load_LR: IntArray) -> IntArray:

@@ -19,6 +19,9 @@ class Sizes:
 
     Of the part of a resident move that is under way: `move_us`, microseconds that it took here, 0
     while not known, and `move_sum`, a checksum where one was taken.
+    Of the newest pass that the device has ended and whose experts were timed here: its number
+    `timed_step`, and `experts_us`, microseconds over all layers; 0 where none was. The leader keeps
+    its own, layer by layer.
     """
 
     num_tokens: int
@@ -26,6 +29,8 @@ class Sizes:
     phase: str
     move_us: int = 0
     move_sum: int = 0
+    timed_step: int = 0
+    experts_us: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,16 @@ from sglang_moelb.kernels.row_layout import (
     NUM_COUNTS,
     NUM_HEADER,
 )
-from sglang_moelb.types import FloatArray, IntArray, Lever, Rule, Scope, StepRecord, Topology
+from sglang_moelb.types import (
+    FloatArray,
+    IntArray,
+    Lever,
+    RankReport,
+    Rule,
+    Scope,
+    StepRecord,
+    Topology,
+)
 
 ROWS = [C_TEXT_ROWS, C_VISION_ROWS]
 
@@ -82,6 +91,11 @@ def build(
         num_copies_LR=copied_LR2[..., 1].astype(np.int64)
         if raw.lever is Lever.REPLICATE
         else None,
+        reports=tuple(
+            RankReport(rank=other, step=sizes.timed_step, experts_ms=sizes.experts_us / 1e3)
+            for other, sizes in enumerate(raw.agreed.sizes_R)
+            if other != rank and sizes.experts_us > 0
+        ),
     )
 
 

@@ -20,7 +20,7 @@ from sglang_moelb.kernels.row_layout import row_width
 from sglang_moelb.types import Policy
 
 LEADER = 0
-NUM_SIZES = 5
+NUM_SIZES = 7
 
 
 class Agreement:
@@ -51,6 +51,8 @@ class Agreement:
                 PHASES.index(sizes.phase),
                 sizes.move_us,
                 sizes.move_sum,
+                sizes.timed_step,
+                sizes.experts_us,
             )
         )
 
@@ -70,8 +72,10 @@ class Agreement:
                 phase=PHASES[f],
                 move_us=us,
                 move_sum=checksum,
+                timed_step=step,
+                experts_us=experts_us,
             )
-            for n, p, f, us, checksum in (row[NUM_WORDS:] for row in rows)
+            for n, p, f, us, checksum, step, experts_us in (row[NUM_WORDS:] for row in rows)
         )
         return Agreed(policy=self._last_policy, sizes_R=sizes_R)
 

@@ -16,6 +16,7 @@ from sglang_moelb.ep.agreed import Agreed, Sizes
 from sglang_moelb.ep.clock import HostMark, mark_on, stream_on
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement
+from sglang_moelb.ep.expert_times import ExpertTimes
 from sglang_moelb.ep.modality import EvenFlags, Requests, token_flags
 from sglang_moelb.ep.records import AnyMark, PassLog
 from sglang_moelb.ep.resident.moving import MovingAgreement
@@ -25,6 +26,7 @@ from sglang_moelb.types import Lever, Policy
 UNKNOWN_REQUESTS = Requests(runs=(), phase="prefill")
 # Marks cost as much host time as launches, and a fit of costs needs no more passes than these.
 TIMED_FIRST, TIMED_EVERY = 4, 5
+REPORTED = (Lever.NONE, Lever.DOWNGRADE, Lever.REPLICATE)  # levers whose passes all ranks time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,7 @@ class PassOpener:
         self._num_large = 0  # passes that the controller estimates from
         self.num_passes = 0
         self.policy = Policy(epoch=0)
+        self.expert_times = ExpertTimes()  # of a rank that is not the leader
 
     def begin(self, forward_batch: Any) -> None:
         """Start to agree with the other ranks on what holds for this pass, and flag its tokens."""
@@ -74,6 +77,8 @@ class PassOpener:
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens if prefills else 0,
             phase=requests.phase,
+            timed_step=self.expert_times.step,
+            experts_us=self.expert_times.experts_us,
         )
         device, stream = self._seat.device, None
         begun: AnyMark = HostMark()
@@ -105,6 +110,8 @@ class PassOpener:
         self._opening = None
         if self._controller:
             self._controller.pass_begun()
+        else:
+            self.expert_times.look()
         agreed = self._agreement.finish()
         self.policy = agreed.policy
         step = self.num_passes
@@ -117,14 +124,18 @@ class PassOpener:
         reason = gate_reason(agreed)
         lever = Lever.NONE if reason else agreed.policy.lever
         self._num_large += agreed.num_tokens >= agreed.policy.min_batch_tokens
+        timed = self._is_timed(lever)
+        stream = opening.stream
+        if timed and not self._controller:
+            stream = stream_on(self._seat.device)
         self.log = PassLog(
             step=step,
             agreed=agreed,
             lever=lever,
             gate_reason=reason,
             begun=opening.begun,
-            stream=opening.stream,
-            timed=self._is_timed(lever),
+            stream=stream,
+            timed=timed,
             flags_T=flags_T,
             tokens_L=[] if self._is_sampled() else None,
         )
@@ -150,8 +161,10 @@ class PassOpener:
         return bool(self._sample_every) and (self._num_prefills - 1) % self._sample_every == 0
 
     def _is_timed(self, lever: Lever) -> bool:
+        """Whether to time the pass here: all ranks the same passes, others fewer levers."""
         often = self._num_large <= TIMED_FIRST or self._num_large % TIMED_EVERY == 0
-        return self._controller is not None and (often or lever is not Lever.NONE)
+        is_read = self._controller is not None or lever in REPORTED
+        return is_read and (often or lever is not Lever.NONE)
 
 
 def gate_reason(agreed: Agreed) -> str:

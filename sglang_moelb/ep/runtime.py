@@ -21,6 +21,7 @@ from sglang_moelb.ep.balance import LayerBalancer, LayerInput
 from sglang_moelb.ep.clock import mark_on
 from sglang_moelb.ep.controller_link import ControllerLink
 from sglang_moelb.ep.exchange import Agreement, Exchange, SymmetricExchange
+from sglang_moelb.ep.expert_times import REPORTED_PARTS
 from sglang_moelb.ep.low.lever import DowngradeLever
 from sglang_moelb.ep.low.plan import plan_low
 from sglang_moelb.ep.memory import MemoryLedger
@@ -182,6 +183,8 @@ class Runtime:
             self._token_trace.add(log, self._flags_of(log, log.tokens_L[0][0].shape[0]))
         if self._controller and gathered:
             self._controller.submit(log, *gathered)
+        elif log.timed:
+            self._passes.expert_times.add(log.step, log.marks_L)
 
     def _gathered(self, log: PassLog) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Every rank's counts of all layers `[R, L, W]`, and what a lever did on each, `[R, 8]`.
@@ -275,7 +278,7 @@ class Runtime:
         return {k: v for k, v in update.items() if not k.startswith(KNOB_PREFIX)}
 
     def _mark(self, part: str) -> None:
-        if self._marks is not None:
+        if self._marks is not None and (self._controller or part in REPORTED_PARTS):
             self._marks[part] = mark_on(self._seat.device, self._stream)
 
 

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from sglang_moelb.config import Config, parse
 from sglang_moelb.trace.types import ConfigChange, Header, TracedPass
-from sglang_moelb.types import Decision, FloatArray, IntArray, Phase, Policy, StepRecord, Topology
+from sglang_moelb.types import (
+    Decision,
+    FloatArray,
+    IntArray,
+    Phase,
+    Policy,
+    RankReport,
+    StepRecord,
+    Topology,
+)
 
 COMPRESSION = 1  # of zlib; higher levels save 3 % and take three times as long
 NUM_MODALITIES = 2
@@ -49,6 +58,7 @@ class _PassPayload(msgspec.Struct, frozen=True, kw_only=True):
     low_rows: bytes = b""  # [L, R] as planes; nothing where the lever downgrade did not act
     num_copies: bytes = b""  # the same under the lever replicate
     num_refused_tokens: list[int] | None = None  # None: not told apart from the other protected
+    reports: tuple[RankReport, ...] = ()
 
 
 def encode_header(header: Header) -> bytes:
@@ -102,6 +112,7 @@ def encode_pass(traced: TracedPass, topology: Topology) -> bytes:
         num_missed=traced.num_missed,
         low_rows=b"" if record.low_rows_LR is None else to_planes(record.low_rows_LR),
         num_copies=b"" if record.num_copies_LR is None else to_planes(record.num_copies_LR),
+        reports=record.reports,
     )
     return zlib.compress(msgspec.msgpack.encode(payload, enc_hook=_plain), COMPRESSION)
 
@@ -144,6 +155,7 @@ def decode_pass(payload: bytes, topology: Topology) -> TracedPass:
         num_copies_LR=from_planes(found.num_copies, (num_layers, num_ranks))
         if found.num_copies
         else None,
+        reports=found.reports,
     )
     return TracedPass(
         record=record,

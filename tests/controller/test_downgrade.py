@@ -20,6 +20,7 @@ from sglang_moelb.controller.forecast import project
 from sglang_moelb.controller.low_cost import PRIOR_LAYERS, LowCost
 from sglang_moelb.controller.plan_downgrade import plan_downgrade
 from sglang_moelb.controller.project_downgrade import low_ranks
+from sglang_moelb.controller.rank_times import RankTimes
 from sglang_moelb.hot_config import without_slots
 from sglang_moelb.types import Form, Lever, Observation, Policy, StepRecord, Topology
 
@@ -124,7 +125,7 @@ def test_the_cost_of_a_low_row_is_learned_at_its_group_size_and_no_other(true_co
     learned = LowCost()
     one = lowered(SKEWED, DOWNGRADE, true_cost=true_cost, vision=1.0, scale=MANY)
     for _ in range(60):
-        learned = learned.updated(one, TOPOLOGY, COSTS)
+        learned = learned.updated(RankTimes.own(one), TOPOLOGY, COSTS)
     hot, small = one.rows_after_LR[:1, :1], np.array([[512]]) * TOPOLOGY.experts_per_rank
     assert learned.of(hot, TOPOLOGY)[0, 0] == pytest.approx(true_cost, abs=0.08)
     assert learned.of(small, TOPOLOGY)[0, 0] == 1.0
@@ -140,8 +141,8 @@ def test_passes_without_low_rows_or_times_teach_nothing() -> None:
         replace(one, experts_ms_L=np.array([1e6, 1e6])),
         replace(one, low_rows_LR=np.zeros((2, 4), dtype=np.int64)),
     ):
-        assert LowCost().updated(useless, TOPOLOGY, COSTS) == LowCost()
-    assert LowCost().updated(one, TOPOLOGY, cost.fit(())) == LowCost()
+        assert LowCost().updated(RankTimes.own(useless), TOPOLOGY, COSTS) == LowCost()
+    assert LowCost().updated(RankTimes.own(one), TOPOLOGY, cost.fit(())) == LowCost()
 
 
 def test_low_passes_do_not_make_rows_look_cheap() -> None:

@@ -13,11 +13,12 @@ import pytest
 from sglang_moelb.config import merge
 from sglang_moelb.controller import cost, load
 from sglang_moelb.controller.controller import Controller
-from sglang_moelb.controller.copy_cost import HIDDEN, PRIOR_LAYERS
+from sglang_moelb.controller.copy_cost import HIDDEN, PRIOR_COPIES, CopyCost
 from sglang_moelb.controller.forecast import project
 from sglang_moelb.controller.place_replicas import CopyCosts, place_replicas
 from sglang_moelb.controller.project_downgrade import Projection
 from sglang_moelb.controller.project_replicate import CopyRule, after_copies, replicated
+from sglang_moelb.controller.rank_times import RankTimes
 from sglang_moelb.types import IntArray, Lever, Policy, StepRecord, Topology
 
 from . import world
@@ -61,14 +62,14 @@ def test_the_estimate_is_near_what_the_planner_reaches(
 
 
 def test_the_worked_example_of_the_docstring() -> None:
-    after_L, copied_L = after_copies(np.array([[[50, 30], [10, 10]]]), rule(1, min_copy_rows=1))
-    assert (after_L.tolist(), copied_L.tolist()) == ([50], [True])
+    after_L, copies_L = after_copies(np.array([[[50, 30], [10, 10]]]), rule(1, min_copy_rows=1))
+    assert (after_L.tolist(), copies_L.tolist()) == ([50], [1])
 
 
 def test_no_copy_is_projected_where_none_is_worth_it() -> None:
     balanced = np.array([[[1000, 1000], [1000, 1000]], [[1000, 1010], [1000, 990]]])
-    after_L, copied_L = after_copies(balanced, rule(8))
-    assert (after_L.tolist(), copied_L.tolist()) == ([2000, 2010], [False, False])
+    after_L, copies_L = after_copies(balanced, rule(8))
+    assert (after_L.tolist(), copies_L.tolist()) == ([2000, 2010], [0, 0])
     small = np.array([[[10, 9], [1, 1]]])
     assert after_copies(small, rule(8))[0].tolist() == [19]
     empty = np.zeros((1, 2, 2), dtype=np.int64)
@@ -108,11 +109,16 @@ def test_of_a_pass_with_copies_what_they_left_is_known() -> None:
     acted = server.record(phase, 0, policy, 0)
     same = replicated(load.load_of(acted, TOPOLOGY), TOPOLOGY, CopyRule(policy=policy, num_slots=2))
     assert same.max_rows_L.tolist() == acted.rows_after_LR.max(axis=1).tolist()
-    assert same.num_copy_layers == TOPOLOGY.num_layers
+    assert acted.num_copies_LR is not None
+    assert same.num_copies == acted.num_copies_LR.max(axis=1).sum() >= TOPOLOGY.num_layers
     other = replicated(load.load_of(acted, TOPOLOGY), TOPOLOGY, rule(2, min_copy_rows=512))
     without = server.record(phase, 0, Policy(epoch=0), 0)
     plain = replicated(load.load_of(without, TOPOLOGY), TOPOLOGY, rule(2, min_copy_rows=512))
     assert other.max_rows_L.tolist() == plain.max_rows_L.tolist()
+
+
+def taught(before: CopyCost, one: StepRecord, model: cost.CostModel = COSTS) -> CopyCost:
+    return before.updated(RankTimes.own(one), model)
 
 
 def with_copies(exposed_ms: float, *, own_copies: int = 1) -> StepRecord:
@@ -134,13 +140,13 @@ def with_copies(exposed_ms: float, *, own_copies: int = 1) -> StepRecord:
 def test_what_copies_do_not_hide_is_learned_and_taken_from_the_gain(exposed_ms: float) -> None:
     learned = HIDDEN
     for _ in range(200):
-        learned = learned.updated(with_copies(exposed_ms), COSTS)
-    assert learned.layer_ms == pytest.approx(exposed_ms, rel=PRIOR_LAYERS / 95)
-    assert HIDDEN.updated(record(SKEWED), COSTS) is HIDDEN
-    assert HIDDEN.updated(with_copies(exposed_ms, own_copies=0), COSTS) is HIDDEN
-    assert HIDDEN.updated(with_copies(exposed_ms), cost.UNMEASURED) is HIDDEN
-    assert HIDDEN.updated(with_copies(1000.0), COSTS) is HIDDEN
-    assert HIDDEN.updated(with_copies(-1.0), COSTS).layer_ms == 0.0
+        learned = taught(learned, with_copies(exposed_ms, own_copies=8))
+    assert 8 * learned.copy_ms == pytest.approx(exposed_ms, rel=PRIOR_COPIES / 760)
+    assert taught(HIDDEN, record(SKEWED)) is HIDDEN
+    assert taught(HIDDEN, with_copies(exposed_ms, own_copies=0)) is HIDDEN
+    assert taught(HIDDEN, with_copies(exposed_ms), cost.UNMEASURED) is HIDDEN
+    assert taught(HIDDEN, with_copies(1000.0)) is HIDDEN
+    assert taught(HIDDEN, with_copies(-1.0)).copy_ms == 0.0
 
 
 def test_layers_with_copies_do_not_change_what_a_row_costs() -> None:
@@ -154,7 +160,7 @@ def test_layers_with_copies_do_not_change_what_a_row_costs() -> None:
 def test_the_step_without_a_lever_is_the_same_with_and_without_copies_in_it() -> None:
     plain = cost.step_times([load.load_of(record(SKEWED), world.TOPOLOGY)], COSTS)
     copied = cost.step_times(
-        [load.load_of(with_copies(0.5), world.TOPOLOGY)], COSTS, copy_layer_ms=0.5
+        [load.load_of(with_copies(0.5), world.TOPOLOGY)], COSTS, copy_ms=0.5
     )
     assert copied.base_ms == pytest.approx(plain.base_ms)
 

@@ -117,6 +117,23 @@ def test_an_idle_rank_still_takes_part_in_both_collectives(ranks: Ranks, num_ran
 
 
 @pytest.mark.parametrize("num_ranks", GROUP_SIZES)
+def test_what_each_rank_reports_of_its_experts_reaches_all_also_of_one_without_tokens(
+    ranks: Ranks, num_ranks: int
+) -> None:
+    passes = [
+        [
+            replace(sizes(0, "idle"), timed_step=(1 << 40) + step, experts_us=1000 * rank + step)
+            for step in range(3)
+        ]
+        for rank in range(num_ranks)
+    ]
+    answers = ranks.run(agree, [[(EVERYTHING_SET, one) for one in mine] for mine in passes])
+    for held in answers:
+        told = [agreed.sizes_R for agreed in held]
+        assert told == list(zip(*passes, strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", GROUP_SIZES)
 def test_all_ranks_adopt_the_leaders_policy_in_the_same_pass_and_no_other(
     ranks: Ranks, num_ranks: int
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.sweep_verdict import Cell, agrees, cost_of, forecast, learned, report
+from benchmarks.gpu.sweep_verdict import Cell, agrees, cost_of, forecast, held_out, learned, report
 from sglang_moelb.controller.low_cost import LowCost
 
 NS_A_ROW = 14.0
@@ -44,6 +44,17 @@ def test_the_model_learns_a_break_even_that_its_prior_has_wrong() -> None:
     assert all(right)
     assert not any(before[:2])
     assert not any(before[4:])
+
+
+def test_a_cell_is_scored_by_a_model_that_has_not_seen_it() -> None:
+    cells = [cell(n, 2.0, 0.7 if n < 1024 else 1.2) for n in (128, 512, 4096)]
+    cost = cost_of(cells)
+    for one, model in zip(cells, held_out(cells, cost, "synced"), strict=True):
+        rows_LR = one.rows_R()[None]
+        prior = forecast(one, LowCost(), cost)
+        assert forecast(one, model, cost) == prior, "no other cell has as many rows an expert"
+        assert rows_LR.argmax() != 0, "the leader is not the hot rank"
+        assert forecast(one, learned(cells, cost, "synced"), cost) != prior
 
 
 def test_a_saving_below_one_percent_forgives_either_choice() -> None:

@@ -11,7 +11,7 @@ from sglang_moelb.config import Config
 from sglang_moelb.trace.synthetic import SyntheticLoad, synthetic_passes
 from sglang_moelb.trace.types import PASSES, TracedPass
 from sglang_moelb.trace.writer import TraceWriter
-from sglang_moelb.types import Decision, Lever, Policy, Topology
+from sglang_moelb.types import Decision, Lever, Policy, RankReport, Topology
 
 TOPOLOGY = Topology(num_layers=3, num_experts=8, num_ranks=4, topk=2)
 LOAD = SyntheticLoad(topology=TOPOLOGY, num_passes=6, tokens_per_rank=50, seed=3)
@@ -46,6 +46,7 @@ def rich_pass(step: int = 0) -> TracedPass:
         step_ms=12.3,
         low_rows_LR=np.arange(12).reshape(3, 4),
         num_copies_LR=np.arange(1, 13).reshape(3, 4),
+        reports=(RankReport(rank=1, step=3, experts_ms=1.25), RankReport(2, 4, 0.5)),
     )
     decision = Decision(
         lever=Lever.DROP, reason="drop pays", expected_gain=0.1, expected_lost_mass_share=0.02
