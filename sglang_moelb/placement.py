@@ -8,7 +8,6 @@ Shape letters: L MoE layers, E logical experts, R ranks, C most copies of an exp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,16 +15,11 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from sglang_moelb.stored_formats import refusal_of
 from sglang_moelb.types import IntArray, Topology
 
 SCHEMA = "sglang_moelb.placement"
 VERSION = 1
-FORMAT_FIXES: Mapping[str, str] = {
-    "fp8": "",
-    "nvfp4": "4-bit experts are not stored: no kernel of this version computes on them; use fp8",
-    "mxfp4": "4-bit experts are not stored: no kernel of this version computes on them; use fp8",
-    "int4": "4-bit experts are not stored: no kernel of this version computes on them; use fp8",
-}
 
 AIMS = ("experts", "ranks")  # what replicas are to lower: the busiest copy, or the busiest rank
 
@@ -189,8 +183,7 @@ def load(path: Path) -> Placement:
 def check(placement: Placement) -> None:
     """Raise `PlacementError` where a placement contradicts itself or its sizes."""
     sizes, layers = placement.sizes, placement.layers
-    fix = FORMAT_FIXES.get(placement.format, f"use one of {', '.join(FORMAT_FIXES)}")
-    if fix:
+    if fix := refusal_of(placement.format):
         raise PlacementError(f"format {placement.format!r}: {fix}")
     if sizes.num_experts % sizes.num_ranks or sizes.topk > sizes.num_experts:
         raise PlacementError(f"{sizes}: experts must divide evenly over ranks and be top-k or more")

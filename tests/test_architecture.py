@@ -27,7 +27,8 @@ ARROWS = MappingProxyType(
         "types": set(),
         "words": {"types"},
         "environment": set(),
-        "placement": {"types"},
+        "stored_formats": set(),
+        "placement": {"stored_formats", "types"},
         "config": {"types", "words"},
         "hot_config": {"config", "words"},
         "controller": {"config", "placement", "types", "words"},
@@ -36,7 +37,7 @@ ARROWS = MappingProxyType(
         "metrics": {"types"},
         "ep": {
             "config", "controller", "environment", "hot_config", "kernels", "live", "metrics",
-            "placement", "trace", "types",
+            "placement", "stored_formats", "trace", "types",
         },
         "plugin": {"environment", "ep"},
         "patching": set(),
@@ -45,13 +46,13 @@ ARROWS = MappingProxyType(
         "doctor": {"config", "environment", "ep", "patching", "types"},
         "live": set(),
         "replay": {"ab", "config", "controller", "hot_config", "trace", "types"},
-        "calibrate": {"ab", "controller", "placement", "trace", "types"},
+        "calibrate": {"ab", "controller", "placement", "stored_formats", "trace", "types"},
         "cli": {"ab", "calibrate", "demo", "doctor", "live", "patching", "replay"},
     }
 )
 SERVING = (
-    "types", "config", "environment", "hot_config", "placement", "controller", "kernels", "ep",
-    "plugin",
+    "types", "config", "environment", "hot_config", "stored_formats", "placement", "controller",
+    "kernels", "ep", "plugin",
 )  # fmt: skip
 IMPURE = {"time", "random", "os", "threading", "asyncio", "socket", "subprocess", "datetime"}
 EXCEPTIONS_LONG_FILES: set[str] = set()

@@ -1,7 +1,7 @@
 """A made-up placement for servers of benchmarks: as many bytes as one of real traffic, no traffic.
 
     python3 -m benchmarks.gpu.make_placement --model DIR --ranks 2 --slots 4 --out placement.json
-    python3 -m benchmarks.gpu.make_placement ... --load "2 still experts=8"
+    python3 -m benchmarks.gpu.make_placement ... --load "2 still experts=8" --format mxfp4
 
 Which experts are hot is drawn at random, or as a load of `skew_plugin` has it; how important each
 is, is drawn at random. Sizes are of DIR/config.json.
@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks.gpu.skew_plugin import Load, skewed_ids
 from sglang_moelb.controller.place_resident import ResidentLimits, place_resident
-from sglang_moelb.kernels.fp8 import GROUP
 from sglang_moelb.placement import (
     SCHEMA,
     VERSION,
@@ -30,6 +29,7 @@ from sglang_moelb.placement import (
     Sizes,
     memory_of,
 )
+from sglang_moelb.stored_formats import LOW_BYTES
 from sglang_moelb.types import IntArray
 
 
@@ -45,7 +45,9 @@ def rows_of(load: Load, sizes: Sizes) -> IntArray:
     return np.stack(rows)
 
 
-def made_up(model: Path, num_ranks: int, num_slots: int, load: Load | None = None) -> Placement:
+def made_up(
+    model: Path, num_ranks: int, num_slots: int, low_format: str = "fp8", load: Load | None = None
+) -> Placement:
     """The placement of a Qwen3 MoE model for a load, or for random hot experts."""
     config = json.loads((model / "config.json").read_text())
     sizes = Sizes(
@@ -55,7 +57,7 @@ def made_up(model: Path, num_ranks: int, num_slots: int, load: Load | None = Non
         topk=config["num_experts_per_tok"],
     )
     num_weights = 3 * config["hidden_size"] * config["moe_intermediate_size"]
-    expert_bytes = ExpertBytes(high=2 * num_weights, low=num_weights + 4 * num_weights // GROUP**2)
+    expert_bytes = ExpertBytes(high=2 * num_weights, low=LOW_BYTES[low_format](num_weights))
     drawn = np.random.default_rng(0)
     shape = (sizes.num_layers, sizes.num_experts)
     limits = ResidentLimits(expert_bytes=expert_bytes, num_slots=num_slots)
@@ -67,7 +69,7 @@ def made_up(model: Path, num_ranks: int, num_slots: int, load: Load | None = Non
     return Placement(
         schema=SCHEMA,
         version=VERSION,
-        format="fp8",
+        format=low_format,
         sizes=sizes,
         expert_bytes=expert_bytes,
         layers=layers,
@@ -82,9 +84,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--load", type=Load.parse, help="place for it, such as '2 still experts=8'")
+    parser.add_argument("--format", choices=tuple(LOW_BYTES), default="fp8")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    args.out.write_bytes(made_up(args.model, args.ranks, args.slots, args.load).to_json())
+    placement = made_up(args.model, args.ranks, args.slots, args.format, args.load)
+    args.out.write_bytes(placement.to_json())
 
 
 if __name__ == "__main__":

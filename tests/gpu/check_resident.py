@@ -1,6 +1,6 @@
 """On 2 or more GPUs: experts stored by a placement, and ids mapped to copies; ends with an error.
 
-    torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident.py
+    torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident.py [--format mxfp4]
 
 No server. Each rank stores a layer of 128 experts as a made-up placement says: all copies must hold
 the bytes that its home converts, and the bfloat16 memory of low experts must be free afterwards.
@@ -12,6 +12,7 @@ Shape letters: T tokens, K top-k, E experts, C most copies.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -25,8 +26,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout
 
 from sglang_moelb.controller.split import MOST_SHARED, UNITS, bounds_of
-from sglang_moelb.ep.low import fp8
-from sglang_moelb.ep.resident.weights import NAMES, WEIGHTS, high_bytes, store
+from sglang_moelb.ep.resident.formats import FORMATS, NAMES, StoredFormat
+from sglang_moelb.ep.resident.weights import WEIGHTS, high_bytes, store
 from sglang_moelb.kernels.choose_copy import choose_copy, ref
 from sglang_moelb.placement import LayerLayout, LayerPlacement, Replica, layout
 from sglang_moelb.types import Topology
@@ -64,13 +65,13 @@ def make_layer(rank: int, num_ranks: int) -> Any:
     return layer
 
 
-def check_store(place: LayerLayout, rank: int, num_ranks: int) -> None:
+def check_store(place: LayerLayout, low_format: StoredFormat, rank: int, num_ranks: int) -> None:
     """All bytes, and all memory."""
     layer = make_layer(rank, num_ranks)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before, before_bytes = torch.cuda.memory_allocated(), high_bytes([layer])
-    stored = store(layer, place, rank=rank, group=dist.group.WORLD)
+    stored = store(layer, place, rank=rank, group=dist.group.WORLD, low_format=low_format)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() - before
     assert stored.low is not None
@@ -84,8 +85,8 @@ def check_store(place: LayerLayout, rank: int, num_ranks: int) -> None:
         home = make_layer(expert // per_rank, num_ranks)
         pick = slice(expert % per_rank, expert % per_rank + 1)
         one = SimpleNamespace(**{name: getattr(home, name)[pick] for name in WEIGHTS})
-        wanted = fp8.allocate(one)
-        fp8.convert(one, wanted, torch.ones(1, dtype=torch.int32, device="cuda"))
+        wanted = low_format.allocate(one)
+        low_format.convert(one, wanted, torch.ones(1, dtype=torch.int32, device="cuda"))
         for name in NAMES:
             got, want = getattr(stored.low, name)[at], getattr(wanted, name)[0]
             if not torch.equal(got.view(torch.uint8), want.view(torch.uint8)):
@@ -144,12 +145,15 @@ def graph_us(ids_TK: torch.Tensor, tables: tuple[torch.Tensor, ...], rank: int) 
 
 def main() -> None:
     """Run both checks on this rank."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--format", choices=tuple(FORMATS), default="fp8")
+    low_format = FORMATS[parser.parse_args().format]
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     topology = Topology(num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=TOPK)
     place = layout(made_up(num_ranks), topology, NUM_SLOTS)
-    check_store(place, rank, num_ranks)
+    check_store(place, low_format, rank, num_ranks)
     check_choice(place, rank)
     dist.barrier()
     if rank == 0:

@@ -1,13 +1,15 @@
 """On 2 or more GPUs: a layer of resident copies in decode, in a CUDA graph; ends with an error.
 
-    torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py
+    torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py [--format mxfp4]
 
 No server. DeepEP's low-latency dispatch and combine and DeepGEMM's masked GEMMs through SGLang's
 runner, on a layer of 128 experts stored by a made-up placement: ids mapped to copies, experts of
 two precisions, outputs combined. One graph is replayed on other inputs and other maps. Each replay
 must equal the eager layer bit for bit, and each token the plain sum of its logical experts in
-float32 within what float8 rounds. Then the graph is timed beside one of the layer as it was, in
-bfloat16. Under a minute. `--device cpu` runs the same without a graph over the stand-in for DeepEP:
+float32 within what float8 rounds; with mxfp4 the sum of the decoded weights of the copies that it
+was sent to, within what bfloat16 rounds. Then the graph is timed beside one of the layer as it
+was, in bfloat16. Under a minute, without the first compiling of Marlin. `--device cpu` runs the
+same without a graph over the stand-in for DeepEP:
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py \
         --device cpu
@@ -19,6 +21,7 @@ each, H hidden size, E experts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -39,13 +42,15 @@ import torch.distributed as dist  # noqa: E402
 from benchmarks.gpu.one_layer import LayerSizes, RunnerMethod, make_runner  # noqa: E402
 from sglang_moelb.ep.expert_rows import WEIGHTS  # noqa: E402
 from sglang_moelb.ep.resident.experts import ResidentExperts  # noqa: E402
+from sglang_moelb.ep.resident.formats import FORMATS  # noqa: E402
 from sglang_moelb.ep.resident.weights import store  # noqa: E402
+from sglang_moelb.kernels.block_format import BlockFormat, fake_quantise_fp4  # noqa: E402
 from sglang_moelb.placement import LayerLayout, LayerPlacement, Replica, layout  # noqa: E402
 from sglang_moelb.types import Topology  # noqa: E402
 
 MAX_TOKENS, NUM_SLOTS, NUM_COLD = 128, 4, 5
 # Of a token, relative: float8 rounds four times by 3 % in the mean; a wrong expert of 8 is 0.5.
-LOW_BOUND, HIGH_BOUND = 0.15, 0.02
+LOW_BOUND, HIGH_BOUND = 0.15, 0.02  # the second of bfloat16, four times by 0.2 %
 REPLAYS, TIMES = 3, 30
 
 
@@ -164,6 +169,7 @@ def routings(
     drawn = torch.Generator().manual_seed(100 + rank)
     own, every = sizes.experts // sizes.ranks, torch.arange(sizes.experts)
     low = torch.tensor(made_up(sizes).low_experts)
+    low_bound = LOW_BOUND if sizes.format == "fp8" else HIGH_BOUND
     replicated = every[every % own < NUM_SLOTS]
     high = every[(every % own >= NUM_SLOTS) & (every % own < own - NUM_COLD)]
 
@@ -177,29 +183,44 @@ def routings(
     one = of(every[:1], 1)
     idle = torch.full_like(one, -1) if rank == 0 else of(every)
     return {
-        "random": (of(every), LOW_BOUND),
-        "replicated": (of(replicated), LOW_BOUND),
-        "low only": (of(low), LOW_BOUND),
+        "random": (of(every), low_bound),
+        "replicated": (of(replicated), low_bound),
+        "low only": (of(low), low_bound),
         "high only": (of(high), HIGH_BOUND),
-        "one expert": (one, LOW_BOUND),
-        "padded": (padded, LOW_BOUND),
-        "rank 0 idle": (idle, LOW_BOUND),
+        "one expert": (one, low_bound),
+        "padded": (padded, low_bound),
+        "rank 0 idle": (idle, low_bound),
     }
 
 
-def exact(inputs: Inputs, layers: list[Any]) -> torch.Tensor:
-    """The plain sum of each token's logical experts, in float32, `[T, H]`."""
+def exact(inputs: Inputs, state: Any) -> torch.Tensor:
+    """The plain sum of each token's logical experts, in float32, `[T, H]`.
+
+    Of decoded weights where the copy is low in mxfp4; float8's rows would have to be rounded too.
+    """
     out_TH = torch.zeros(inputs.x_TH.shape, device=inputs.x_TH.device)
-    own = len(layers[0].w13_weight)
-    for expert in range(own * len(layers)):
-        token, column = (inputs.ids_TK == expert).nonzero(as_tuple=True)
+    layers, own = state.layers, len(state.layers[0].w13_weight)
+    place_TK = state.resident.physical(0, TopK(inputs.ids_TK)).topk_ids % state.place.num_places
+    is_low_TK = (place_TK >= len(state.place.high[0])) & (state.low_format.NAME == "mxfp4")
+    for expert, is_low in itertools.product(range(own * len(layers)), (False, True)):
+        chosen_TK = (inputs.ids_TK == expert) & (is_low_TK == is_low)
+        token, column = chosen_TK.nonzero(as_tuple=True)
         if not len(token):
             continue
-        w13, w2 = (getattr(layers[expert // own], name)[expert % own].float() for name in WEIGHTS)
+        w13, w2 = (
+            _values(getattr(layers[expert // own], name)[expert % own], is_low) for name in WEIGHTS
+        )
         gate, up = (inputs.x_TH[token].float() @ w13.T).chunk(2, dim=1)
         rows = (torch.nn.functional.silu(gate) * up) @ w2.T
         out_TH.index_add_(0, token, rows * inputs.weights_TK[token, column, None])
     return out_TH
+
+
+def _values(weight: torch.Tensor, is_low: bool) -> torch.Tensor:
+    """float32, as mxfp4 decodes them if `is_low`."""
+    if is_low:
+        weight = fake_quantise_fp4(weight[None], BlockFormat.MXFP4_CEIL)[0]
+    return weight.float()
 
 
 def captured(step: Callable[[], torch.Tensor], sizes: argparse.Namespace) -> Callable[[], Any]:
@@ -284,7 +305,7 @@ def check_layer(sizes: argparse.Namespace, rank: int, num_tokens: int, state: An
             routings(sizes, num_tokens, rank).items()
         ):
             inputs.fill(ids_TK, 10 * seed + rank)
-            truth = exact(inputs, state.layers)
+            truth = exact(inputs, state)
             what = f"rank {rank}, {num_tokens} tokens, {maps}, {name}"
             worst[name] = max(
                 check(what, step, replay, inputs, truth, bound), worst.get(name, 0.0)
@@ -306,7 +327,7 @@ def compare_times(sizes: argparse.Namespace, rank: int, buffer: Any, state: Any)
                 buffer, sizes.experts, inputs, lambda topk: topk,
                 lambda rows: stock.quant_method.apply(stock, rows),
             )),
-            "resident": (sizes.ranks * num_places, state.step_of(inputs)),
+            f"resident {sizes.format}": (sizes.ranks * num_places, state.step_of(inputs)),
         }  # fmt: skip
         for name, (num_experts, step) in steps.items():
             torch.cuda.synchronize()
@@ -327,7 +348,8 @@ def run_all(sizes: argparse.Namespace, rank: int) -> None:
     )
     place = layout(made_up(sizes), topology, NUM_SLOTS)
     layer = make_layer(rank, sizes)
-    stored = store(layer, place, rank=rank, group=dist.group.WORLD)
+    low_format = FORMATS[sizes.format]
+    stored = store(layer, place, rank=rank, group=dist.group.WORLD, low_format=low_format)
     resident = ResidentExperts([layer], [stored], [place], rank=rank)
     buffer = make_buffer(dist.group.WORLD, sizes, place.num_places)
     num_experts = sizes.ranks * place.num_places
@@ -339,7 +361,9 @@ def run_all(sizes: argparse.Namespace, rank: int) -> None:
         )  # fmt: skip
 
     layers = [make_layer(home, sizes) for home in range(sizes.ranks)]
-    state = SimpleNamespace(resident=resident, place=place, layers=layers, step_of=step_of)
+    state = SimpleNamespace(
+        resident=resident, place=place, layers=layers, step_of=step_of, low_format=low_format
+    )
     for num_tokens in sizes.tokens:
         check_layer(sizes, rank, num_tokens, state)
     if sizes.device == "cuda":
@@ -350,6 +374,7 @@ def main() -> None:
     """Parse, begin the group, run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="fp8")
     sizes = parser.parse_args()
     small = sizes.device == "cpu"
     sizes.experts, sizes.hidden, sizes.inner, sizes.topk = (

@@ -20,6 +20,7 @@ from sglang_moelb.kernels.convert_fp8 import kernel as convert
 from sglang_moelb.kernels.count_experts import kernel as counts_of
 from sglang_moelb.kernels.keys import KeyRule
 from sglang_moelb.kernels.join_rows import kernel as join
+from sglang_moelb.kernels.lay_blocks import kernel as lay
 from sglang_moelb.kernels.plan_downgrade import kernel as plan
 from sglang_moelb.kernels.pull_experts import kernel as pull
 from sglang_moelb.kernels.quantise_rows import kernel as rows
@@ -71,9 +72,15 @@ for max_rows in (1, 16):
         done = torch.zeros(4, max_rows, 2048).bfloat16()
         for start in (0, 1):
             join.join_rows(done[:num_first], done[num_first:], numbers[start : start + 4])
+for room, block in ((0, 8), (16, 64), (5, 48)):
+    for start in (0, 1):
+        lay.lay_blocks(
+            numbers[start : start + 4], num_rows=4 * room or 1000, room=room, block=block
+        )
 jits = {"convert": convert._convert, "quantise": rows._quantise}
 jits |= {"plan": plan._plan, "pull": pull._pull, "count": counts_of._count}
 jits |= {"masked": rows._quantise_masked, "join": join._join}
+jits |= {"lay": lay._lay}
 jits |= {"powers": rows._quantise_ue8m0}
 for name, jit in jits.items():
     (cache,) = (caches[0] for caches in jit.device_caches.values())
@@ -95,6 +102,7 @@ def test_only_shapes_and_options_make_a_variant(ptx: dict[str, list[str]]) -> No
         "quantise": 4,  # gated or not, all rows or some
         "masked": 2,  # one program an expert and group, or more
         "join": 1,
+        "lay": 1,
         "powers": 1,
         "plan": 3,  # forms
         "pull": 2,  # ranks

@@ -29,6 +29,7 @@ OPS = (
     "convert_fp8",
     "quantise_rows",
     "join_rows",
+    "lay_blocks",
 )
 
 

@@ -118,8 +118,21 @@ def refusal_of(
 ) -> tuple[str, str] | None:
     """What keeps this server from running experts at two precisions, and why; None if nothing does.
 
-    `name`: the lower, as `downgrade.format` has it. `prefills_only`: as levers do; resident copies
-    act in decode too.
+    `name`: the lower, as `downgrade.format` has it. `prefills_only`: see `experts_refusal`.
+    """
+    layer = layers[0]
+    emulates = f"downgrade.format {name}"
+    return (
+        experts_refusal(layers, prefills_only=prefills_only)
+        or (activation_refusal(emulates, layer, "use auto") if name in EMULATED else None)
+        or format_refusal(name, layer.w13_weight)
+    )
+
+
+def experts_refusal(layers: Sequence[Any], *, prefills_only: bool) -> tuple[str, str] | None:
+    """What keeps `layers` from running at two precisions, whatever the lower is; None if nothing.
+
+    `prefills_only`: as levers do; resident copies act in decode too.
     """
     layer = layers[0]
     refusal = (
@@ -138,18 +151,13 @@ def refusal_of(
         return (
             f"experts of shapes {sorted(shapes)}",
             f"they must be equal in all layers, and hidden and expert size multiples of "
-            f"{fp8.BLOCK}, as fp8's blocks are",
+            f"{fp8.BLOCK}, as fp8's blocks and the tiles of 4-bit kernels are",
         )
-    return (
-        offload_refusal()
-        or dispatch_refusal(layer, prefills_only=prefills_only)
-        or (_activation_refusal(name, layer) if name in EMULATED else None)
-        or format_refusal(name, layer.w13_weight)
-    )
+    return offload_refusal() or dispatch_refusal(layer, prefills_only=prefills_only)
 
 
-def _activation_refusal(name: str, layer: Any) -> tuple[str, str] | None:
-    """What `ep.low.fp4` does not compute, by SGLang's `MoeRunnerConfig`."""
+def activation_refusal(what: str, layer: Any, fix: str) -> tuple[str, str] | None:
+    """What is not `silu(gate) * up`, all that `what` computes, by SGLang's `MoeRunnerConfig`."""
     config = layer.quant_method.runner.config
     unlike = {
         "activation": config.activation if config.activation != "silu" else None,
@@ -163,7 +171,7 @@ def _activation_refusal(name: str, layer: Any) -> tuple[str, str] | None:
     if found:
         return (
             f"experts with {found}",
-            f"downgrade.format {name} emulates silu(gate) * up without more; use auto",
+            f"{what} can only compute silu(gate) * up; {fix}",
         )
     return None
 

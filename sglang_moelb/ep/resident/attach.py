@@ -21,12 +21,12 @@ import torch.distributed as dist
 
 from sglang_moelb.config import Config
 from sglang_moelb.ep.dispatchers import dispatchers_of
-from sglang_moelb.ep.expert_rows import MAX_LOCAL_EXPERTS
 from sglang_moelb.ep.low import attach as low
-from sglang_moelb.ep.low import fp8
 from sglang_moelb.ep.resident.experts import ResidentExperts
+from sglang_moelb.ep.resident.formats import FORMATS, format_of
 from sglang_moelb.ep.resident.masked import run_masked, some_masked_rows
 from sglang_moelb.ep.resident.move import Mover
+from sglang_moelb.ep.resident.refusals import placement_refusal
 from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
 from sglang_moelb.ep.unfit import LOW_LATENCY
 from sglang_moelb.ep.weight_updates import refuse_updates
@@ -65,13 +65,8 @@ def attach_resident(
     layers = low.expert_layers(model_runner.model)
     placement = _same_placement(path, group.cpu_group)
     num_slots = num_slots_of(placement.layers, placement.sizes.num_ranks)
-    refusal = (
-        _misfit(placement, topology, layers)
-        or _server_refusal(model_runner.server_args)
-        or low.refusal_of("fp8", layers, prefills_only=False)
-        or _dtype_refusal(placement, layers[0])
-        or _places_refusal(topology.experts_per_rank + num_slots)
-        or _moves_refusal(config, num_slots, model_runner.server_args)
+    refusal = placement_refusal(
+        placement, num_slots, topology, layers, config, model_runner.server_args
     )
     if refusal:
         what, why = refusal
@@ -80,15 +75,15 @@ def attach_resident(
             "without resident.placement."
         )
     layouts_L = [layout(layer, topology, num_slots) for layer in placement.layers]
-    before = high_bytes(layers)
+    before, low_format = high_bytes(layers), FORMATS[placement.format]
     stored_L = [
-        store(layer, place, rank=rank, group=group.device_group)
+        store(layer, place, rank=rank, group=group.device_group, low_format=low_format)
         for layer, place in zip(layers, layouts_L, strict=True)
     ]
     refuse_updates(
         layers[0],
         "resident.placement",
-        "experts lie in other places than SGLang loads them into, and some in fp8",
+        f"experts lie in other places than SGLang loads them into, and some in {low_format.NAME}",
     )
     resident = ResidentExperts(layers, stored_L, _widened(layouts_L, config, topology), rank=rank)
     if config.resident.recalibrate:
@@ -107,17 +102,18 @@ def attach_resident(
     if layers[0].w13_weight.is_cuda:
         torch.cuda.empty_cache()  # SGLang sizes the KV cache from what the device has free
         _warm_up(layers[0], stored_L[0], group)
-    _log(path, stored_L[0], memory)
+    _log(path, stored_L[0], low_format.NAME, memory)
     return resident, memory
 
 
-def _log(path: str, stored: StoredLayer, memory: ExpertMemory) -> None:
+def _log(path: str, stored: StoredLayer, name: str, memory: ExpertMemory) -> None:
     logger.info(
         "sglang_moelb: resident placement %s: in each layer %d experts of this rank high and %d "
-        "places low; its experts take %.1f MiB, before %.1f MiB",
+        "places low in %s; its experts take %.1f MiB, before %.1f MiB",
         path,
         stored.num_high,
         stored.num_low,
+        name,
         memory.after / (1 << 20),
         memory.before / (1 << 20),
     )
@@ -179,84 +175,6 @@ def _same_placement(path: str, group: dist.ProcessGroup) -> Placement:
     return placement
 
 
-def _misfit(
-    placement: Placement, topology: Topology, layers: Sequence[Any]
-) -> tuple[str, str] | None:
-    if placement.sizes.topology != topology:
-        return f"it is for {placement.sizes.topology}", f"this server has {topology}"
-    one = layers[0]
-    num_weights = one.w13_weight[0].numel() + one.w2_weight[0].numel()
-    num_bytes = num_weights + 4 * num_weights // fp8.BLOCK**2
-    if placement.expert_bytes.low != num_bytes:
-        return (
-            f"it is for experts of {placement.expert_bytes.low} bytes in fp8",
-            f"those of this model take {num_bytes}; calibrate with this checkpoint",
-        )
-    return None
-
-
-def _server_refusal(server_args: Any) -> tuple[str, str] | None:
-    for flag, given in (
-        ("--enable-memory-saver", server_args.enable_memory_saver),
-        ("--cpu-offload-gb", server_args.cpu_offload_gb),
-    ):
-        if given:
-            return flag, "the experts' memory is replaced at start and stays; leave the flag out"
-    if server_args.enable_single_batch_overlap:
-        return (
-            "--enable-single-batch-overlap",
-            "it overlaps the combine with one grouped run of all experts, and here are two; leave "
-            "the flag out",
-        )
-    if server_args.expert_distribution_recorder_mode:
-        return (
-            f"--expert-distribution-recorder-mode {server_args.expert_distribution_recorder_mode}",
-            "it counts as many experts as the model has, and copies are more; leave the flag out",
-        )
-    return None
-
-
-def _dtype_refusal(placement: Placement, layer: Any) -> tuple[str, str] | None:
-    """Experts smaller than the file counts: its copies would cost more than its cold experts free.
-
-    Larger ones free more, so they fit.
-    """
-    num_bytes = layer.w13_weight[0].nbytes + layer.w2_weight[0].nbytes
-    if num_bytes >= placement.expert_bytes.high:
-        return None
-    dtype = str(layer.w13_weight.dtype).removeprefix("torch.")
-    return (
-        f"it is for experts of {placement.expert_bytes.high} bytes at high precision",
-        f"those of this server take {num_bytes} in {dtype}; start with the --dtype of the "
-        f"checkpoint that was calibrated, or calibrate with a {dtype} checkpoint",
-    )
-
-
-def _places_refusal(num_places: int) -> tuple[str, str] | None:
-    if num_places <= MAX_LOCAL_EXPERTS:
-        return None
-    return (
-        f"{num_places} experts on a rank",
-        f"DeepEP sends to at most {MAX_LOCAL_EXPERTS}; calibrate with fewer --slots or more ranks",
-    )
-
-
-def _moves_refusal(
-    config: Config, num_slots: int, server_args: Any
-) -> tuple[str, str] | None:
-    if not config.resident.recalibrate:
-        return None
-    why = None
-    if not num_slots:
-        why = (
-            "the file has no replicas, so there is no slot to move one to; leave it out, or "
-            "calibrate with --slots 1 or more"
-        )
-    elif server_args.disaggregation_mode == "decode":
-        why = "moves follow the load of prefills, which the decode role has none of; leave it out"
-    return ("resident.recalibrate True", why) if why else None
-
-
 def _low_bytes(stored_L: Sequence[StoredLayer]) -> int:
     return sum(stored.low.num_bytes for stored in stored_L if stored.low is not None)
 
@@ -275,7 +193,7 @@ def _warm_up(layer: Any, stored: StoredLayer, group: Any) -> None:
     """Compile both precisions on all ranks before requests come, as `ep.low.attach.warm_up` does.
 
     DeepGEMM compiles for a number of experts, which is the same in all layers and on all ranks, and
-    for low latency other kernels than for prefill.
+    for low latency other kernels than for prefill. Marlin is compiled once for all.
     """
     for mode in _modes(layer):
         if mode.dispatch_mode.is_low_latency():
@@ -284,6 +202,8 @@ def _warm_up(layer: Any, stored: StoredLayer, group: Any) -> None:
             continue
         layer.quant_method.apply(layer=layer, dispatch_output=low.some_rows(layer))
         if stored.low is not None:
-            fp8.run(layer, fp8.quantised(low.some_rows(layer, stored.num_low)), stored.low)
+            low_format = format_of(stored.low)
+            rows = low_format.quantised(low.some_rows(layer, stored.num_low))
+            low_format.run(layer, rows, stored.low)
     torch.cuda.synchronize()
     dist.barrier(group=group.cpu_group)

@@ -16,7 +16,7 @@ import torch
 
 from sglang_moelb.controller.split import MOST_SHARED, Split, bounds_of
 from sglang_moelb.ep.expert_rows import dispose, in_dtype
-from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.resident.formats import format_of
 from sglang_moelb.ep.resident.masked import run_masked
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.choose_copy import choose_copy
@@ -128,19 +128,22 @@ class ResidentExperts:
             return _run_high(module, dispatch_output._replace(num_recv_tokens_per_expert=high))
         dtype, rows_NH = dispatch_output.hidden_states.dtype, dispatch_output.hidden_states
         ids_NK = dispatch_output.topk_ids
-        low_output = fp8.quantised(dispatch_output)._replace(
-            topk_ids=(ids_NK - stored.num_high).clamp(min=-1), num_recv_tokens_per_expert=low
+        low_format = format_of(stored.low)
+        low_output = low_format.quantised(
+            dispatch_output._replace(
+                topk_ids=(ids_NK - stored.num_high).clamp(min=-1), num_recv_tokens_per_expert=low
+            )
         )
         if not any(high):
             dispose(rows_NH)
-            low_done = in_dtype(fp8.run(module, low_output, stored.low), dtype)
+            low_done = in_dtype(low_format.run(module, low_output, stored.low), dtype)
             return low_done._replace(topk_ids=ids_NK)
         high_ids_NK = ids_NK.where(ids_NK < stored.num_high, -1)
         done = _run_high(
             module,
             dispatch_output._replace(topk_ids=high_ids_NK, num_recv_tokens_per_expert=high),
         )
-        added = in_dtype(fp8.run(module, low_output, stored.low), dtype)
+        added = in_dtype(low_format.run(module, low_output, stored.low), dtype)
         rows_NH = done.hidden_states + added.hidden_states
         return added._replace(hidden_states=rows_NH, topk_ids=ids_NK)
 

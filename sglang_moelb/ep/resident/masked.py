@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sglang_moelb.ep.expert_rows import dispose, in_dtype
-from sglang_moelb.ep.low import fp8
+from sglang_moelb.ep.resident.formats import format_of
 from sglang_moelb.ep.resident.weights import StoredLayer
 from sglang_moelb.kernels.join_rows import join_rows
 
@@ -31,14 +31,15 @@ def run_masked(module: Any, dispatch_output: Any, stored: StoredLayer) -> Any:
     high_output = dispatch_output._replace(
         hidden_states=rows_PMH[:num_high], masked_m=num_rows_P[:num_high]
     )
-    low_output = fp8.quantised_masked(
+    low_format = format_of(stored.low)
+    low_output = low_format.quantised_masked(
         dispatch_output._replace(
             hidden_states=rows_PMH[num_high:], masked_m=num_rows_P[num_high:]
         )
     )
     high = module.quant_method.apply(layer=module, dispatch_output=high_output)
     dispose(rows_PMH)
-    low = in_dtype(fp8.run(module, low_output, stored.low), dtype)
+    low = in_dtype(low_format.run(module, low_output, stored.low), dtype)
     joined_PMH = join_rows(high.hidden_states, low.hidden_states, num_rows_P)
     return high._replace(hidden_states=joined_PMH)
 

@@ -5,7 +5,7 @@ have agreed on: the move from the policy, and from the agreement of every pass w
 reports of the part under way, once its device has done it. So nobody waits for a device, no clock
 of one rank decides about a collective, and a rank without tokens takes part like the others.
 
-1. `PREPARE`: the expert's home writes its fp8 bytes to its staging room: quantised from a high
+1. `PREPARE`: the expert's home writes its low bytes to its staging room: quantised from a high
    original as at start, or copied from a low one.
 2. `SEND`: the bytes are broadcast in chunks into the staging room of every rank. The size of the
    next chunk follows from what the last one took, so that a pass stalls `move_ms` at most.

@@ -1,17 +1,17 @@
-"""One expert in fp8 on its way to a slot: as one run of bytes, so that any part of it can be sent.
+"""One low expert on its way to a slot: as one run of bytes, so that any part of it can be sent.
 
 Shape letters: none.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sglang_moelb.ep.low.fp8 import Fp8Weights
+from sglang_moelb.ep.resident.formats import NAMES, LowWeights
 from sglang_moelb.ep.resident.weights import (
-    NAMES,
     StoredLayer,
     copy_expert,
     only,
@@ -27,18 +27,19 @@ SUMMED_WORDS = 1 << 17  # at a time: twice 1 MiB of memory beside the run, howev
 class Staging:
     """Room for one expert like those of `low`; the gaps between its tensors stay zero."""
 
-    def __init__(self, low: Fp8Weights) -> None:
+    def __init__(self, low: LowWeights) -> None:
         like = [tensor[:1] for tensor in tensors_of(low)]
         starts, total = [], 0
         for tensor in like:
             starts.append(total)
             total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self.bytes = torch.zeros(total, dtype=torch.uint8, device=low.w13.device)
-        self.weights = Fp8Weights(
+        self.weights = replace(
+            low,
             **{
                 name: self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view_as(tensor)
                 for name, start, tensor in zip(NAMES, starts, like, strict=True)
-            }
+            },
         )
 
     @property
@@ -50,7 +51,7 @@ class Staging:
 def prepare(
     staging: Staging, layer: Any, stored: StoredLayer, layout: LayerLayout, rank: int, expert: int
 ) -> None:
-    """Write the fp8 bytes of `expert`, whose original is on this `rank`, to `staging`."""
+    """Write the low bytes of `expert`, whose original is on this `rank`, to `staging`."""
     if expert in layout.high[rank]:
         quantise(layer, layout.high[rank].index(expert), staging.weights)
         return

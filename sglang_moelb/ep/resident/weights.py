@@ -1,4 +1,4 @@
-"""A layer's experts as a placement stores them: high ones in SGLang's parameters, low ones in fp8.
+"""A layer's experts as a placement stores them: high ones in SGLang's parameters, low ones not.
 
 Runs at start, on the weights that SGLang has loaded: nothing is read from the checkpoint again.
 
@@ -8,7 +8,7 @@ Shape letters: e local experts of this rank, J = 2I gate and up, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +17,8 @@ import torch.distributed as dist
 
 from sglang_moelb.ep.expert_rows import WEIGHTS
 from sglang_moelb.ep.low import fp8
-from sglang_moelb.ep.low.fp8 import Fp8Weights
+from sglang_moelb.ep.resident.formats import NAMES, LowWeights, StoredFormat, format_of
 from sglang_moelb.placement import LayerLayout
-
-NAMES = ("w13", "w2", "w13_scale", "w2_scale")  # the tensors of Fp8Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,25 +31,32 @@ class StoredLayer:
 
     num_high: int
     num_low: int
-    low: Fp8Weights | None
+    low: LowWeights | None
 
 
-def store(layer: Any, layout: LayerLayout, *, rank: int, group: dist.ProcessGroup) -> StoredLayer:
+def store(
+    layer: Any,
+    layout: LayerLayout,
+    *,
+    rank: int,
+    group: dist.ProcessGroup,
+    low_format: StoredFormat = fp8,
+) -> StoredLayer:
     """Replace a layer's weights by what `layout` stores on this rank; the old memory is freed.
 
     Collective over `group`, the EP group on the device of the weights: each replica is quantised
-    where its original is and broadcast in fp8, so all copies hold the same bytes. Originals of
+    where its original is and broadcast as stored, so all copies hold the same bytes. Originals of
     replicas are high, and low originals come from their own rank.
     """
     first = rank * (len(layout.copies_EC) // dist.get_world_size(group))
     high = [expert - first for expert in layout.high[rank]]
     own_low = [expert - first for expert in layout.low[rank]]
     num_low = layout.num_places - len(high)
-    low = _empty(layer, num_low) if num_low else None
+    low = _empty(layer, num_low, low_format) if num_low else None
     for place, expert in enumerate(own_low):
         assert low is not None
         quantise(layer, expert, only(low, place))
-    _take_replicas(layer, layout, low, len(own_low), rank, group)
+    _take_replicas(layer, layout, low, len(own_low), rank, group, low_format)
     if own_low:
         for name in WEIGHTS:
             parameter = getattr(layer, name)
@@ -69,15 +74,16 @@ def high_bytes(layers: Sequence[Any]) -> int:
 def _take_replicas(
     layer: Any,
     layout: LayerLayout,
-    low: Fp8Weights | None,
+    low: LowWeights | None,
     first_place: int,
     rank: int,
     group: dist.ProcessGroup,
+    low_format: StoredFormat,
 ) -> None:
     """Broadcast each replicated expert from its home; keep those that this rank holds."""
     per_rank = len(layout.copies_EC) // dist.get_world_size(group)
     for expert in sorted({expert for held in layout.replicas for expert in held}):
-        sent = _empty(layer, 1)
+        sent = _empty(layer, 1, low_format)
         home = expert // per_rank
         if rank == home:
             quantise(layer, expert % per_rank, sent)
@@ -91,32 +97,34 @@ def _take_replicas(
             copy_expert(only(low, place), sent)
 
 
-def _empty(layer: Any, num_experts: int) -> Fp8Weights:
+def _empty(layer: Any, num_experts: int, low_format: StoredFormat) -> LowWeights:
     """Room for so many experts like those of `layer`."""
     like = SimpleNamespace(
         **{name: getattr(layer, name)[:1].expand(num_experts, -1, -1) for name in WEIGHTS}
     )
-    return fp8.allocate(like)
+    made: LowWeights = low_format.allocate(like)
+    return made
 
 
-def quantise(layer: Any, expert: int, into: Fp8Weights) -> None:
+def quantise(layer: Any, expert: int, into: LowWeights) -> None:
     """Write local expert `expert` into the one place of `into`."""
     one = SimpleNamespace(**{name: getattr(layer, name)[expert : expert + 1] for name in WEIGHTS})
-    fp8.convert(one, into, torch.ones(1, dtype=torch.int32, device=into.w13.device))
+    wanted = torch.ones(1, dtype=torch.int32, device=into.w13.device)
+    format_of(into).convert(one, into, wanted)
 
 
-def only(weights: Fp8Weights, place: int) -> Fp8Weights:
+def only(weights: LowWeights, place: int) -> LowWeights:
     """One place of `weights`, the same memory."""
     part = slice(place, place + 1)
-    return Fp8Weights(**{name: getattr(weights, name)[part] for name in NAMES})
+    return replace(weights, **{name: getattr(weights, name)[part] for name in NAMES})
 
 
-def copy_expert(into: Fp8Weights, source: Fp8Weights) -> None:
+def copy_expert(into: LowWeights, source: LowWeights) -> None:
     """Copy one expert's bytes, on the current stream."""
     for to, tensor in zip(tensors_of(into), tensors_of(source), strict=True):
         to.view(torch.uint8).copy_(tensor.view(torch.uint8))
 
 
-def tensors_of(weights: Fp8Weights) -> list[torch.Tensor]:
+def tensors_of(weights: LowWeights) -> list[torch.Tensor]:
     """The four tensors, in the order of `NAMES`."""
     return [getattr(weights, name) for name in NAMES]
