@@ -26,8 +26,8 @@ FloatArray = NDArray[np.float64]
 
 Mode = Literal["none", "observe", "expand", "drop", "downgrade", "replicate", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-
 Phase = Literal["prefill", "decode", "idle"]
+
 
 class Lever(IntEnum):
     """What is done about imbalance in a pass; the value travels between ranks."""

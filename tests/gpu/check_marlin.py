@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]  # runs from a checkou
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from graphs import captured  # noqa: E402
 
 from benchmarks.gpu.one_layer import LayerSizes, copied, make_layer, received_rows  # noqa: E402
 from sglang_moelb.ep.expert_rows import WEIGHTS  # noqa: E402
@@ -143,7 +144,7 @@ def check_masked(state: Any, sizes: LayerSizes, room: int, device: Any) -> None:
     """Rows of DeepEP's low-latency mode, in one graph with other rows and numbers."""
     rows, count = masked_rows(sizes, room, device), sizes.num_experts
     fill(rows, [1] * count, 0)
-    replay = captured(lambda: state.run(view_of(rows)), device)
+    replay = captured(lambda: state.run(view_of(rows)), device.type)
     drawn = torch.Generator().manual_seed(2)
     numbers = {
         "none": [0] * count,
@@ -164,27 +165,6 @@ def check_masked(state: Any, sizes: LayerSizes, room: int, device: Any) -> None:
             if any(not torch.equal(one[place, :num_rows], mine) for one in replayed):
                 raise SystemExit(f"{name}, place {place}: the graph's rows are not the eager ones")
         print(f"low latency, {name}: worst row {worst:.4f}, a graph's bits are the eager ones")
-
-
-def captured(step: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """`step` as a graph, whose call gives its output's memory; on the host `step`."""
-    if device.type == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = step()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def medians_us(steps: dict[str, Callable[[], Any]]) -> dict[str, str]:
@@ -222,7 +202,7 @@ def compare_times(sizes: LayerSizes, num_low: int, room: int, device: torch.devi
         rows = masked_rows(sizes, room, device)._replace(expected_m=per_expert)
         fill(rows, [per_expert] * sizes.num_experts, 1)
         steps = {
-            name: captured(lambda run=run, rows=rows: run(view_of(rows)), device)
+            name: captured(lambda run=run, rows=rows: run(view_of(rows)), device.type)
             for name, run in runs.items()
         }
         for name, shown in medians_us(steps).items():

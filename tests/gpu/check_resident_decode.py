@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT)]  # runs from a checkout, nothing installed
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from graphs import captured  # noqa: E402
 
 from benchmarks.gpu.one_layer import LayerSizes, RunnerMethod, make_runner  # noqa: E402
 from sglang_moelb.ep.expert_rows import WEIGHTS  # noqa: E402
@@ -223,29 +224,10 @@ def _values(weight: torch.Tensor, is_low: bool) -> torch.Tensor:
     return weight.float()
 
 
-def captured(step: Callable[[], torch.Tensor], sizes: argparse.Namespace) -> Callable[[], Any]:
-    """`step` as a graph: the call replays it and returns its output's memory. On the host `step`.
-    """
-    if sizes.device == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
+def meet() -> None:
+    """Wait for the device and for all ranks."""
     torch.cuda.synchronize()
     dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out_TH = step()
-    torch.cuda.synchronize()
-    dist.barrier()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out_TH
-
-    return replay
 
 
 def check(what: str, step: Any, replay: Any, inputs: Inputs, truth: torch.Tensor, bound: float
@@ -297,7 +279,7 @@ def check_layer(sizes: argparse.Namespace, rank: int, num_tokens: int, state: An
     """All routings and maps at one batch size, in one graph."""
     inputs = Inputs(num_tokens, sizes)
     inputs.fill(routings(sizes, num_tokens, rank)["random"][0], 0)
-    replay = captured(step := state.step_of(inputs), sizes)
+    replay = captured(step := state.step_of(inputs), sizes.device, meet)
     worst = {}
     for maps in ("all copies", "originals only", "replicas only"):
         remap(state.resident, state.place, maps)
@@ -333,9 +315,8 @@ def compare_times(sizes: argparse.Namespace, rank: int, buffer: Any, state: Any)
             torch.cuda.synchronize()
             dist.barrier()
             buffer.clean_low_latency_buffer(MAX_TOKENS, sizes.hidden, num_experts)
-            torch.cuda.synchronize()
-            dist.barrier()
-            median, least, most = median_us(captured(step, sizes))
+            meet()
+            median, least, most = median_us(captured(step, sizes.device, meet))
             if rank == 0:
                 print(f"{num_tokens} tokens a rank, {name}: layer {median:.1f} us "
                       f"({least:.1f} to {most:.1f})")  # fmt: skip
