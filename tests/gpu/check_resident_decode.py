@@ -4,12 +4,14 @@
 
 No server. DeepEP's low-latency dispatch and combine and DeepGEMM's masked GEMMs through SGLang's
 runner, on a layer of 128 experts stored by a made-up placement: ids mapped to copies, experts of
-two precisions, outputs combined. One graph is replayed on other inputs and other maps. Each replay
-must equal the eager layer bit for bit, and each token the plain sum of its logical experts in
-float32 within what float8 rounds; with mxfp4 the sum of the decoded weights of the copies that it
-was sent to, within what bfloat16 rounds. Then the graph is timed beside one of the layer as it
-was, in bfloat16. Under a minute, without the first compiling of Marlin. `--device cpu` runs the
-same without a graph over the stand-in for DeepEP:
+two precisions, outputs combined. One graph is replayed on other inputs and other maps. Each token
+of each replay and of the eager layer must be the plain sum of its logical experts in float32 within
+what float8 rounds; with mxfp4 the sum of the decoded weights of the copies that it was sent to,
+within what bfloat16 rounds. Replays must also equal the eager layer bit for bit, with mxfp4 where
+an expert cannot have more rows than a block of Marlin: DeepEP lays rows as they arrive, and in
+which block a row falls decides the order of its sums. Then the graph is timed beside one of the
+layer as it was, in bfloat16. Under a minute, without the first compiling of Marlin. `--device cpu`
+runs the same without a graph over the stand-in for DeepEP:
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tests/gpu/check_resident_decode.py \
         --device cpu
@@ -46,6 +48,7 @@ from sglang_moelb.ep.resident.experts import ResidentExperts  # noqa: E402
 from sglang_moelb.ep.resident.formats import FORMATS  # noqa: E402
 from sglang_moelb.ep.resident.weights import store  # noqa: E402
 from sglang_moelb.kernels.block_format import BlockFormat, fake_quantise_fp4  # noqa: E402
+from sglang_moelb.kernels.lay_blocks.ref import BLOCKS  # noqa: E402
 from sglang_moelb.placement import LayerLayout, LayerPlacement, Replica, layout  # noqa: E402
 from sglang_moelb.types import Topology  # noqa: E402
 
@@ -230,21 +233,29 @@ def meet() -> None:
     dist.barrier()
 
 
-def check(what: str, step: Any, replay: Any, inputs: Inputs, truth: torch.Tensor, bound: float
-          ) -> float:  # fmt: skip
+def check(
+    what: str,
+    step: Any,
+    replay: Any,
+    inputs: Inputs,
+    truth: torch.Tensor,
+    bound: float,
+    same_bits: bool,
+) -> float:
     """Replayed, eager and exact against each other; the worst token's relative error."""
-    eager_TH = step().clone()
-    for _ in range(REPLAYS):
-        if not torch.equal(replay(), eager_TH):
-            raise SystemExit(f"{what}: the graph's output is not the eager one")
-    apart_T = (eager_TH.float() - truth).norm(dim=1)
-    size_T = truth.norm(dim=1)
-    if bool((apart_T > bound * size_T).any()) or not bool(eager_TH.isfinite().all()):
-        raise SystemExit(
-            f"{what}: token {int((apart_T - bound * size_T).argmax())} is "
-            f"{float((apart_T / size_T.clamp(min=1e-6)).max()):.3f} from its logical experts"
-        )
-    return float((apart_T / size_T.clamp(min=1e-6)).max())
+    outputs = [step().clone(), *(replay().clone() for _ in range(REPLAYS))]
+    if same_bits and not all(torch.equal(out, outputs[0]) for out in outputs):
+        raise SystemExit(f"{what}: the graph's output is not the eager one")
+    size_T, worst = truth.norm(dim=1), 0.0
+    for out_TH in outputs:
+        apart_T = (out_TH.float() - truth).norm(dim=1)
+        worst = max(worst, float((apart_T / size_T.clamp(min=1e-6)).max()))
+        if bool((apart_T > bound * size_T).any()) or not bool(out_TH.isfinite().all()):
+            raise SystemExit(
+                f"{what}: token {int((apart_T - bound * size_T).argmax())} is {worst:.3f} from "
+                "its logical experts"
+            )
+    return worst
 
 
 def remap(resident: ResidentExperts, place: LayerLayout, kind: str) -> None:
@@ -280,7 +291,7 @@ def check_layer(sizes: argparse.Namespace, rank: int, num_tokens: int, state: An
     inputs = Inputs(num_tokens, sizes)
     inputs.fill(routings(sizes, num_tokens, rank)["random"][0], 0)
     replay = captured(step := state.step_of(inputs), sizes.device, meet)
-    worst = {}
+    worst, same_bits = {}, has_same_bits(sizes, num_tokens)
     for maps in ("all copies", "originals only", "replicas only"):
         remap(state.resident, state.place, maps)
         for seed, (name, (ids_TK, bound)) in enumerate(
@@ -290,11 +301,18 @@ def check_layer(sizes: argparse.Namespace, rank: int, num_tokens: int, state: An
             truth = exact(inputs, state)
             what = f"rank {rank}, {num_tokens} tokens, {maps}, {name}"
             worst[name] = max(
-                check(what, step, replay, inputs, truth, bound), worst.get(name, 0.0)
+                check(what, step, replay, inputs, truth, bound, same_bits),
+                worst.get(name, 0.0),
             )
     remap(state.resident, state.place, "all copies")
     shown = ", ".join(f"{name} {error:.3f}" for name, error in worst.items())
-    print(f"rank {rank}, {num_tokens} tokens: graph equals eager; worst token's error: {shown}")
+    how = "equals eager bit for bit" if same_bits else "is as near as eager"
+    print(f"rank {rank}, {num_tokens} tokens: graph {how}; worst token's error: {shown}")
+
+
+def has_same_bits(sizes: argparse.Namespace, num_tokens: int) -> bool:
+    """Whether the order in which DeepEP lays rows cannot change a sum."""
+    return sizes.format != "mxfp4" or num_tokens * sizes.ranks <= BLOCKS[0]
 
 
 def compare_times(sizes: argparse.Namespace, rank: int, buffer: Any, state: Any) -> None:
@@ -366,8 +384,12 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if small else "nccl")
     rank, sizes.ranks = dist.get_rank(), dist.get_world_size()
-    with torch.inference_mode():
-        run_all(sizes, rank)
+    try:
+        with torch.inference_mode():
+            run_all(sizes, rank)
+    except SystemExit as error:  # leaving as usual frees DeepEP's buffer, which waits for all ranks
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
     dist.barrier()
     if rank == 0:
         print("ok")
