@@ -152,7 +152,7 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
     weights_TK = torch.rand(args.num_tokens, sizes.topk, device=device)
     skewed = LayerInput(
         layer=0,
-        ids_TK=_ids(args.skew, rank, num_ranks, args.num_tokens, device),
+        ids_TK=drawn_ids(args.skew, args.num_tokens, device, num_hot=args.hot_experts),
         weights_TK=weights_TK / weights_TK.sum(dim=1, keepdim=True),
         logits_TE=torch.empty(0, device=device),
         hidden_TD=torch.randn(args.num_tokens, sizes.hidden, device=device).bfloat16(),
@@ -173,15 +173,20 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
             layers, experts_L, topology=topology, rank=rank, lanes=lanes_of(device)
         ),
         skewed=skewed,
-        even=replace(skewed, ids_TK=_ids(1.0, rank, num_ranks, args.num_tokens, device)),
+        even=replace(skewed, ids_TK=drawn_ids(1.0, args.num_tokens, device)),
         policy=Policy(epoch=1, lever=Lever.REPLICATE),
     )
 
 
-def _ids(
-    skew: float, rank: int, num_ranks: int, num_tokens: int, device: torch.device
+def drawn_ids(
+    skew: float, num_tokens: int, device: torch.device, *, hot: int = HOT, num_hot: int = 0
 ) -> torch.Tensor:
-    ids = skewed_ids(skew, HOT, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index)
+    """Of this rank's tokens, int64 `[T, K]`; `num_hot` experts of rank `hot` are hot, 0 for all."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    first = hot * NUM_EXPERTS // num_ranks if num_hot else None
+    ids = skewed_ids(
+        skew, hot, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index, first, num_hot
+    )
     return ids[rank * num_tokens : (rank + 1) * num_tokens].contiguous()
 
 
@@ -240,13 +245,13 @@ def differences(taken: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Check, warm up, time; rank 0 appends a row and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.device]:
+    """The command line, with the group up and this rank's device taken."""
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--num-tokens", type=int, default=16_384, help="tokens of each rank")
     parser.add_argument("--skew", type=float, default=2.0, help="rows of the hot rank, of the mean")
+    parser.add_argument("--hot-experts", type=int, default=0, help="of that rank; 0: all of it")
     parser.add_argument("--slots", type=int, default=32, help="slots of a rank")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=768)
@@ -261,6 +266,12 @@ def main() -> None:
     else:
         dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
+    return args, device
+
+
+def main() -> None:
+    """Check, warm up, time; rank 0 appends a row and prints."""
+    args, device = begin(argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]))
     rig = make_rig(args, device)
     plan = rig.plan()
     ids_TK = rig.physical(plan)
@@ -272,8 +283,8 @@ def main() -> None:
             "op": "bench_replica_layer",
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
             "num_ranks": rig.topology.num_ranks, "num_tokens": args.num_tokens,
-            "skew": args.skew, "num_slots": args.slots, "commit": args.commit,
-            "balance_planned": balance_of(plan), "output_apart": farthest,
+            "skew": args.skew, "hot_experts": args.hot_experts, "num_slots": args.slots,
+            "commit": args.commit, "output_apart": farthest, "balance_planned": balance_of(plan),
             "copies_R": (plan.slots_RS >= 0).sum(dim=1).tolist(),
             "layer_ms": {form: result_rows.deciles(ms) for form, ms in taken.items()},
             "parts_ms": differences(taken),
