@@ -153,7 +153,7 @@ def run(layer: Any, dispatch_output: Any, weights: MarlinWeights) -> Any:
     """The experts of `layer` on rows from `quantised` or `quantised_masked`.
 
     bfloat16 rows out; in low latency those that no expert has are not defined. No host sync, and
-    the same bits in every call with the same rows.
+    the same bits in every call with the same rows in the same places.
     """
     given: ExpertRows = dispatch_output.hidden_states
     run_rows = _run_on_gpu if given.rows_SH.is_cuda else _run_on_host
