@@ -40,6 +40,7 @@ import torch.distributed as dist
 from benchmarks.gpu import result_rows
 from benchmarks.gpu.one_layer import LayerSizes, make_layer
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
+from benchmarks.gpu.shared_gpus import local_device
 from benchmarks.gpu.skew_plugin import skewed_ids
 from sglang_moelb.ep.balance import LayerInput
 from sglang_moelb.ep.exchange import exchange_for
@@ -199,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = local_device()
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:

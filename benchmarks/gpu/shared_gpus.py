@@ -34,3 +34,8 @@ def shared(
 ) -> AbstractContextManager[int]:
     """Around SGLang's choice of a rank's GPU by its number."""
     return reindex(gpu_id % torch.cuda.device_count())
+
+
+def local_device() -> torch.device:
+    """The GPU of this process of torchrun; ranks beyond the GPUs share them in turn."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

@@ -1,6 +1,6 @@
 """What low precision costs the probe: a real server, the lever off, by its rule and always.
 
-    python -m benchmarks.probe.precision --device cuda --out rows.jsonl            # 2 GPUs, DeepEP
+    python -m benchmarks.probe.precision --device cuda --out rows.jsonl       # GPUs: 2, or 1 shared
     python -m benchmarks.probe.precision --device cpu --items 380 --out rows.jsonl
 
 For each format a server starts with room for the lever, on two expert-parallel ranks, and is asked
@@ -18,17 +18,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +30,10 @@ from benchmarks.probe.compare import compare
 from benchmarks.probe.force import ask_forced
 from benchmarks.probe.precision_rows import rows_of, table
 from benchmarks.probe.result import Evaluation, accuracies, read_result
+from benchmarks.probe.serving import MODEL, NUM_RANKS, ROOT, Server, serving
 from benchmarks.probe.suite import Suite
 from benchmarks.probe.tasks import TASKS
-from sglang_moelb.ep.standin.launch import cpu_environment, cpu_server_args
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "benchmarks" / "probe" / "checkpoint"
 WAYS = ("served", "prefilled")
 FORMATS = ("fp8", "nvfp4-emulated", "mxfp4-emulated")
 ALWAYS = {"factor": 1e-6, "vision_share": 0.0}
@@ -53,17 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "by rule": {"mode": "downgrade", "downgrade": RULE},
     "always": {"mode": "downgrade", "downgrade": ALWAYS},
 }
-START = {"capacity": {"min_batch_tokens": 1}, "controller": {"timeout_ms": 5000.0}}
-NUM_RANKS = 2
-READY_S = 300.0
-GPU_FLAGS = (
-    "--tp", "2", "--ep", "2", "--dp", "2", "--enable-dp-attention",
-    "--moe-a2a-backend", "deepep", "--deepep-mode", "normal", "--moe-runner-backend", "deep_gemm",
-    "--deepep-dispatcher-output-dtype", "bf16", "--attention-backend", "triton",
-    "--mm-attention-backend", "triton_attn", "--sampling-backend", "pytorch",
-    "--grammar-backend", "none", "--dtype", "bfloat16", "--context-length", "4096",
-    "--mem-fraction-static", "0.3",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,89 +57,6 @@ class Asked:
     folder: Path
     commit: str
     ways: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server with room for the lever."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Its answer in JSON; SystemExit with what it says where it refuses."""
-        raw = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data=raw, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found: dict[str, Any] = json.loads(answer.read())
-                return found
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"{path}: {error.read().decode(errors='replace')}") from error
-
-    def is_ready(self) -> bool:
-        """Whether it answers; SystemExit with the end of its log where it has ended."""
-        if self.process.poll() is not None:
-            tail = self.log.read_text(errors="replace")[-4000:]
-            raise SystemExit(f"the server ended, {self.log}:\n{tail}")
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return True
-        except OSError:
-            return False
-
-
-@contextmanager
-def serving(name: str, asked: Asked) -> Iterator[Server]:
-    """A server of the probe whose lever has the format `name`, in mode none."""
-    config = json.dumps({**START, "downgrade": {"ready": True, "format": name}})
-    flags = GPU_FLAGS if asked.device == "cuda" else cpu_server_args(NUM_RANKS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), *flags]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-radix-cache"]
-    command += ["--moelb-mode", "none", "--moelb-config", config]
-    log = asked.folder / f"server-{name}.log"
-    with tempfile.TemporaryDirectory() as plugins, log.open("wb") as output:
-        _make_known(Path(plugins))
-        environment = {**os.environ}
-        if asked.device == "cpu":
-            environment |= cpu_environment(NUM_RANKS)
-        paths = [plugins, environment.get("PYTHONPATH", ""), str(ROOT)]
-        if asked.device == "cpu":  # the stand-in's own comes first
-            paths = [environment["PYTHONPATH"], plugins, str(ROOT)]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        server = Server(f"http://127.0.0.1:{port}", log, process)
-        try:
-            deadline_s = time.monotonic() + READY_S
-            while not server.is_ready():
-                if time.monotonic() > deadline_s:
-                    raise SystemExit(f"the server was not ready in {READY_S:.0f} s, {log}")
-                time.sleep(0.5)
-            yield server
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _make_known(folder: Path) -> None:
-    """Lay the metadata that SGLang finds a plugin by, for a checkout that is not installed."""
-    from importlib.metadata import entry_points
-
-    if any(one.name == "moelb" for one in entry_points(group="sglang.srt.plugins")):
-        return
-    info = folder / "sglang_moelb-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang_moelb\nVersion: 0.1.0\n")
-    points = "[sglang.srt.plugins]\nmoelb = sglang_moelb.plugin:register\n"
-    (info / "entry_points.txt").write_text(points)
 
 
 def evaluate(server: Server, asked: Asked, out: Path, reference: Path | None) -> Evaluation:
@@ -194,7 +91,7 @@ def measure(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
     start_s = time.monotonic()
     first = asked.folder / f"{name}-off.json"
     forced_first: Evaluation | None = None
-    with serving(name, asked) as server:
+    with serving(name, asked.device, asked.folder) as server:
         if asked.num_warmup:  # kernels are compiled at their first use
             server.call("/moelb/config", SETTINGS["always"])
             warmup = replace(asked, num_items=asked.num_warmup)
@@ -221,8 +118,9 @@ def conditions(asked: Asked) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
-    return {"device": name, "num_ranks": NUM_RANKS, "concurrency": asked.concurrency,
-            "commit": asked.commit}  # fmt: skip
+    num_gpus = min(torch.cuda.device_count(), NUM_RANKS)
+    return {"device": name, "num_gpus": num_gpus, "num_ranks": NUM_RANKS,
+            "concurrency": asked.concurrency, "commit": asked.commit}  # fmt: skip
 
 
 def _settled(server: Server) -> dict[str, Any]:

@@ -16,7 +16,6 @@ Shape letters: L MoE layers, E experts, C copies.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout
 
+from benchmarks.gpu.shared_gpus import local_device
 from sglang_moelb.controller.moves import Move
 from sglang_moelb.ep.agreed import Sizes
 from sglang_moelb.ep.exchange import Agreement
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--format", choices=tuple(FORMATS), default="fp8")
     low_format = FORMATS[parser.parse_args().format]
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(local_device())
     dist.init_process_group("nccl")
     hosts = dist.new_group(backend="gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()

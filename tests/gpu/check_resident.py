@@ -13,7 +13,6 @@ Shape letters: T tokens, K top-k, E experts, C most copies.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout
 
+from benchmarks.gpu.shared_gpus import local_device
 from sglang_moelb.controller.split import MOST_SHARED, UNITS, bounds_of
 from sglang_moelb.ep.resident.formats import FORMATS, NAMES, StoredFormat
 from sglang_moelb.ep.resident.weights import WEIGHTS, high_bytes, store
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--format", choices=tuple(FORMATS), default="fp8")
     low_format = FORMATS[parser.parse_args().format]
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(local_device())
     dist.init_process_group("nccl")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     topology = Topology(num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=TOPK)

@@ -43,6 +43,7 @@ import torch.distributed as dist  # noqa: E402
 from graphs import captured  # noqa: E402
 
 from benchmarks.gpu.one_layer import LayerSizes, RunnerMethod, make_runner  # noqa: E402
+from benchmarks.gpu.shared_gpus import local_device  # noqa: E402
 from sglang_moelb.ep.expert_rows import WEIGHTS  # noqa: E402
 from sglang_moelb.ep.resident.experts import ResidentExperts  # noqa: E402
 from sglang_moelb.ep.resident.formats import FORMATS  # noqa: E402
@@ -365,7 +366,7 @@ def run_all(sizes: argparse.Namespace, rank: int) -> None:
     )
     for num_tokens in sizes.tokens:
         check_layer(sizes, rank, num_tokens, state)
-    if sizes.device == "cuda":
+    if sizes.device == "cuda" and sizes.ranks <= torch.cuda.device_count():
         compare_times(sizes, rank, buffer, state)
 
 
@@ -381,7 +382,7 @@ def main() -> None:
     )
     sizes.tokens = (1, 16) if small else (1, 33, MAX_TOKENS)
     if not small:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_device())
     dist.init_process_group("gloo" if small else "nccl")
     rank, sizes.ranks = dist.get_rank(), dist.get_world_size()
     try:
