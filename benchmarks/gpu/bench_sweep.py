@@ -110,20 +110,21 @@ class Bench:
     def _high(self, rows: Any, before: Callable[[], None]) -> float:
         rows = copied(rows)
         before()
-        return self._timed(lambda: self.layer.quant_method.apply(self.layer, rows))
+        return self.timed(lambda: self.layer.quant_method.apply(self.layer, rows))
 
     def _low(self, rows: Any, before: Callable[[], None]) -> float:
         rows = copied(rows)
         self.prepare()
         before()
-        return self._timed(lambda: self.lever.run(self.layer, rows))
+        return self.timed(lambda: self.lever.run(self.layer, rows))
 
     def _exposed(self, rows: Any) -> float:
         rows = copied(rows)
         self.sync()
-        return self._timed(lambda: (self.prepare(), self.lever.run(self.layer, rows)))
+        return self.timed(lambda: (self.prepare(), self.lever.run(self.layer, rows)))
 
-    def _timed(self, call: Callable[[], object]) -> float:
+    def timed(self, call: Callable[[], object]) -> float:
+        """Microseconds of `call`, by events."""
         if self.device.type != "cuda":
             start_s = time.perf_counter()
             call()
