@@ -12,6 +12,7 @@ import pytest
 from sglang_moelb.replay.controlled import decide_again
 from sglang_moelb.trace.reader import open_trace
 from sglang_moelb.trace.tokens import open_tokens
+from sglang_moelb.types import Lever
 
 from .conftest import Serve, Server
 from .talk import (
@@ -30,6 +31,7 @@ from .talk import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 EVERY = 2
+MOST_MS = 60_000.0
 
 
 def ask(server: Server) -> None:
@@ -57,6 +59,24 @@ def agree(folder: Path) -> int:
     return num_sampled
 
 
+def assert_other_ranks_told_their_times(folder: Path) -> None:
+    """The rank of the controller learns what experts took on each of the others, pass by pass."""
+    traced = list(open_trace(folder).passes())
+    untouched = {
+        one.record.step
+        for one in traced
+        if one.record.phase == "prefill" and one.record.policy.lever is Lever.NONE
+    }
+    told = [(one.record.step, report) for one in traced for report in one.record.reports]
+    assert {report.rank for _, report in told} == set(range(1, NUM_RANKS))
+    for step, report in told:
+        assert report.step in untouched
+        assert report.step < step
+        assert 0.0 < report.experts_ms < MOST_MS
+    reports = {report for _, report in told}  # each is repeated until there is another
+    assert len({(report.rank, report.step) for report in reports}) == len(reports)
+
+
 def test_tokens_agree_with_counts_while_written_and_after_kill_9(
     serve: Serve, tmp_path: Path
 ) -> None:
@@ -75,5 +95,6 @@ def test_tokens_agree_with_counts_while_written_and_after_kill_9(
     assert agree(folder) == (num_prefills + EVERY - 1) // EVERY
     trace = open_trace(folder)
     assert len([one for one in trace.passes() if one.record.phase == "prefill"]) == num_prefills
+    assert_other_ranks_told_their_times(folder)
     again = decide_again(trace)
     assert again.num_same == again.num_decisions > 0, again.first_difference
