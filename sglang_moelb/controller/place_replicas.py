@@ -50,22 +50,6 @@ class CopyCosts:
         if self.send_rows < 0 or self.receive_rows < 0 or self.min_rows < 1:
             raise ValueError(f"{self}: costs are at least 0 rows, and min_rows at least 1")
 
-    @classmethod
-    def from_ms(
-        cls, *, row_ms: float, send_ms: float, receive_ms: float, min_rows: int
-    ) -> CopyCosts:
-        """Costs from the time of a row and of a copy on both sides, rounded to rows, halves up.
-
-        ValueError unless row_ms is above 0.
-        """
-        if row_ms <= 0:
-            raise ValueError(f"row_ms {row_ms}: a row takes time, so it must be above 0")
-        return cls(
-            send_rows=int(send_ms / row_ms + 0.5),
-            receive_rows=int(receive_ms / row_ms + 0.5),
-            min_rows=min_rows,
-        )
-
     @property
     def least_rows(self) -> int:
         """Fewest rows of a copy: `min_rows`, and more than sending it costs."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from sglang_moelb.config import Config
+from sglang_moelb.config import Config, ReplicateConfig
 from sglang_moelb.replay import exact, lossy
 from sglang_moelb.replay.controlled import Auto
 from sglang_moelb.replay.cost import Machine
@@ -27,8 +27,8 @@ class Options:
     eplb_window: int = 100
     eplb_interval: int = 100
     eplb_redundant: int = 8
-    min_rows: int = 1024
-    num_slots: int = 2
+    min_rows: int = ReplicateConfig().min_rows
+    num_slots: int = ReplicateConfig().slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from sglang_moelb.config import Config, ConfigError, load, parse
+from sglang_moelb.config import Config, ConfigError, ReplicateConfig, load, parse
 from sglang_moelb.controller.verdict import line
 from sglang_moelb.replay.arms import Options, chosen
 from sglang_moelb.replay.controlled import decide_again
@@ -57,8 +57,10 @@ def replay(
     eplb_redundant: Annotated[int, typer.Option(min=0, help="Its redundant experts.")] = 8,
     min_rows: Annotated[
         int, typer.Option(min=1, help="Fewest rows of a copy (replicate, LLEP, UltraEP).")
-    ] = 1024,
-    slots: Annotated[int, typer.Option(min=0, help="Slots of a rank (replicate, UltraEP).")] = 2,
+    ] = ReplicateConfig().min_rows,
+    slots: Annotated[
+        int, typer.Option(min=0, help="Slots of a rank (replicate, UltraEP).")
+    ] = ReplicateConfig().slots,
     machine: Annotated[
         str | None,
         typer.Option(help="Constants of the cost model, file or JSON.", show_default="4 H100"),

@@ -5,7 +5,7 @@ Shape letters: P passes, L MoE layers, R EP ranks, S source ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -116,9 +116,8 @@ class Auto:
         if lever is Lever.NONE:
             outcome = Outcome(rows_PLR=counts.rows_PLR, levers_P=np.zeros(1, dtype=np.int64))
         elif lever is Lever.REPLICATE:
-            outcome = replace(
-                replicate(counts, min_rows=policy.min_copy_rows, num_slots=self._num_slots),
-                levers_P=np.full(1, lever, dtype=np.int64),
+            outcome = replicate(
+                counts, min_rows=policy.min_copy_rows, num_slots=self._num_slots
             )
         else:
             outcome = capacity(

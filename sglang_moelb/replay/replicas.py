@@ -9,9 +9,10 @@ import numpy as np
 
 from sglang_moelb.controller.place_replicas import CopyCosts, place_replicas
 from sglang_moelb.replay.types import Counts, Outcome
+from sglang_moelb.types import Lever
 
 
-def replicate(counts: Counts, *, min_rows: int = 1024, num_slots: int = 2) -> Outcome:
+def replicate(counts: Counts, *, min_rows: int, num_slots: int) -> Outcome:
     """Rows of each rank when every layer's hot experts are copied as `place_replicas` plans.
 
     Args:
@@ -19,8 +20,8 @@ def replicate(counts: Counts, *, min_rows: int = 1024, num_slots: int = 2) -> Ou
         min_rows: fewest rows worth a copy.
         num_slots: copies that a rank can hold.
 
-    Copies are taken to be hidden: what they cost is in neither the plan nor the outcome, as for
-    the peers' rules.
+    The plan takes copies for hidden, as that of a server does unless told otherwise; the cost model
+    charges what they took where they were measured.
     """
     costs = CopyCosts(min_rows=min_rows)
     after_PLR = counts.rows_PLR.copy()
@@ -29,4 +30,6 @@ def replicate(counts: Counts, *, min_rows: int = 1024, num_slots: int = 2) -> Ou
         rows_RE = np.zeros((counts.num_ranks, counts.rows_PLEM.shape[2]), dtype=np.int64)
         rows_RE[0] = counts.rows_PLEM[at].sum(axis=1)
         after_PLR[at] = place_replicas(rows_RE, num_slots=num_slots, costs=costs).rows_R
-    return Outcome(rows_PLR=after_PLR)
+    return Outcome(
+        rows_PLR=after_PLR, levers_P=np.full(len(counts), Lever.REPLICATE, dtype=np.int64)
+    )

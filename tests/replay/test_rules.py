@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_moelb.replay import exact, lossy
+from sglang_moelb.replay.cost import Machine
 from sglang_moelb.replay.history import Eplb, place, spread
 from sglang_moelb.replay.replicas import replicate
 from sglang_moelb.replay.types import Counts, Rule
@@ -34,7 +35,7 @@ EXACT: list[Rule] = [
     exact.ideal,
     partial(exact.llep, min_rows=10),
     partial(exact.ultraep, min_rows=10),
-    partial(replicate, min_rows=10),
+    partial(replicate, min_rows=10, num_slots=2),
     Eplb(window=1, interval=1, num_redundant=2),
 ]
 
@@ -241,3 +242,12 @@ def test_replicas_reach_what_the_planner_plans_for_every_layer_of_every_pass() -
     assert after_PLR.tolist() == [[[50, 50], [50, 50]], [[50, 50], [0, 0]]]
     assert (replicate(seen, min_rows=1, num_slots=0).rows_PLR == seen.rows_PLR).all()
     assert (replicate(seen, min_rows=60, num_slots=1).rows_PLR.max(axis=2) <= 100).all()
+
+
+def test_our_replicas_pay_the_time_measured_and_those_of_peers_are_free() -> None:
+    seen = counts([[[90, 10, 0, 0], [25, 25, 25, 25]]] * 3, num_ranks=2)
+    ours = replicate(seen, min_rows=1, num_slots=1)
+    machine = Machine(own_ms=(0.0, 0.0, 0.0, 0.0, 0.5))
+    assert machine.own_step_ms(ours).tolist() == [1.0, 1.0, 1.0]
+    theirs = exact.ultraep(seen, min_rows=1, num_slots=1)
+    assert machine.own_step_ms(theirs).tolist() == [0.0, 0.0, 0.0]
