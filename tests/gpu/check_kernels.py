@@ -1,6 +1,7 @@
 """On a CUDA device: every kernel against its reference, exactly, then times against byte floors.
 
-Run from the root: `python tests/gpu/check_kernels.py --out FILE.jsonl`. Ends with status 1 and the
+Run from the root: `python tests/gpu/check_kernels.py --out FILE.jsonl`, or with `--small` in place
+of `--out` for a quick pass without times, as under `compute-sanitizer`. Ends with status 1 and the
 first bad coordinates if anything differs. Needs torch, triton and about 12 GB of device memory.
 
 Shape letters: T tokens, K top-k, C columns, E experts, R ranks, G groups, W row width, D features.
@@ -12,7 +13,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,13 +52,17 @@ INT32_LIMIT = 1 << 31
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of one check: `num_extra` candidate columns beside the `topk` routed ones."""
+    """Sizes of one check: `num_extra` candidate columns beside the `topk` routed ones.
+
+    The last `num_idle` ranks have no tokens.
+    """
 
     num_tokens: int
     topk: int
     num_experts: int
     num_ranks: int
     num_extra: int = 0
+    num_idle: int = 0
     skew: float = 3.0
     weighted: bool = False
     equal_weights: bool = False
@@ -78,6 +83,19 @@ SHAPES = (
     Shape(num_tokens=0, topk=8, num_experts=128, num_ranks=4),
     Shape(num_tokens=100_003, topk=8, num_experts=128, num_ranks=4, num_extra=4, weighted=True),
 )
+
+SMALL_SHAPES = (
+    Shape(
+        num_tokens=333, topk=8, num_experts=128, num_ranks=4, num_extra=4, num_idle=1, weighted=True
+    ),
+    Shape(num_tokens=77, topk=6, num_experts=64, num_ranks=2, num_extra=7, id_dtype=torch.int32),
+    Shape(num_tokens=50, topk=2, num_experts=3, num_ranks=1, skew=0.0),
+    Shape(num_tokens=1, topk=8, num_experts=128, num_ranks=4),
+    Shape(num_tokens=0, topk=8, num_experts=128, num_ranks=4),
+)
+# Tokens and width of `token_amounts`.
+AMOUNTS = ((0, 64), (1, 64), (1000, 2048), (16384, 2048), (300, 7168))
+SMALL_AMOUNTS = ((0, 64), (1, 64), (1030, 64), (3, 7168))
 
 
 def check_same(name: str, op: Callable, cpu_args: tuple, options: dict) -> tuple:
@@ -137,7 +155,9 @@ def check_cuts(shape: Shape) -> None:
     """Count, plan and cut on every rank; kept amounts of all ranks against the room."""
     rule = KeyRule(metric=Metric.SCORE, preference=Preference.IMAGE_FIRST)
     options = {"num_experts": shape.num_experts, "topk": shape.topk}
-    cases = [make_inputs(shape, seed=r) for r in range(shape.num_ranks)]
+    idle = replace(shape, num_tokens=0)
+    num_busy = shape.num_ranks - shape.num_idle
+    cases = [make_inputs(shape if r < num_busy else idle, r) for r in range(shape.num_ranks)]
     counted = [count_experts(*_inputs(case), **options, key_rule=rule) for case in cases]
     rows_RW = torch.stack([row_W for row_W, _ in counted])
     for num_groups in {shape.num_experts, shape.num_ranks, 1}:
@@ -229,7 +249,7 @@ def check_large_strides() -> None:
     """Rows so far apart that row times stride passes 2**31 elements."""
     num_tokens, stride = 16384, (INT32_LIMIT // 16384) + 64
     shape = Shape(num_tokens=num_tokens, topk=8, num_experts=128, num_ranks=4)
-    case = make_inputs(Shape(**{**_fields(shape), "id_dtype": torch.int32}), seed=4)
+    case = make_inputs(replace(shape, id_dtype=torch.int32), seed=4)
     words = torch.empty(num_tokens * stride, dtype=torch.int32, device="cuda")
     wide = words.view(num_tokens, stride)
     ids_TC, weights_TC = wide[:, :8], wide.view(torch.float32)[:, 8:16]
@@ -278,10 +298,6 @@ def _check_strided_hidden(wide: Tensor) -> None:
     assert int(out_T.min()) < AMOUNT_ONE // 2 < int(out_T.max())
 
 
-def _fields(shape: Shape) -> dict[str, object]:
-    return {name: getattr(shape, name) for name in shape.__slots__}
-
-
 def all_bench_cases() -> Iterator[BenchCase]:
     """The cases of every benchmarks/bench_<op>.py."""
     for op in OPS:
@@ -291,19 +307,23 @@ def all_bench_cases() -> Iterator[BenchCase]:
 def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description="Check and time the kernels on a CUDA device.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines file of the times")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="JSON lines file of the times")
+    what.add_argument("--small", action="store_true", help="few small checks, no times")
     parser.add_argument("--num-calls", type=int, default=100, help="timed calls a case")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("check_kernels.py needs a CUDA device, and torch sees none")
-    for shape in SHAPES:
+    for shape in SMALL_SHAPES if args.small else SHAPES:
         check_counts(shape)
         check_cuts(shape)
         check_widening(shape)
         print(f"equal to the reference: {shape}", flush=True)
-    for num_tokens, width in ((0, 64), (1, 64), (1000, 2048), (16384, 2048), (300, 7168)):
+    for num_tokens, width in SMALL_AMOUNTS if args.small else AMOUNTS:
         for dtype in (torch.float32, torch.bfloat16):
             check_amounts(num_tokens, width, dtype)
+    if args.small:
+        return
     check_large_strides()
     print("equal to the reference: rows beyond 2**31 elements", flush=True)
     torch.cuda.empty_cache()

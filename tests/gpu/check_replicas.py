@@ -1,6 +1,7 @@
 """On a CUDA device: the replica planner and the reroute against their references, then times.
 
-Run from the root: `python tests/gpu/check_replicas.py --out FILE.jsonl`. Ends with status 1 and the
+Run from the root: `python tests/gpu/check_replicas.py --out FILE.jsonl`, or with `--small` in place
+of `--out` for a quick pass without times, as under `compute-sanitizer`. Ends with status 1 and the
 first difference if anything differs. Needs torch, triton and numpy; about a minute, most of it
 compiling. Times are of a call in a CUDA graph of 20 (no host, warm L2), of a single call between
 events with a cold L2, and of the host; beside them UltraEP 1.0.0 on 4 H100s, where it was measured.
@@ -57,6 +58,8 @@ COSTS = (
 )
 # Ranks, experts and slots; each is a compilation.
 SIZES = ((4, 128, 8), (8, 256, 8), (64, 256, 8), (3, 12, 2), (32, 128, 2))
+SMALL_SIZES = ((4, 128, 8), (64, 256, 8), (3, 12, 2))
+NUM_SEEDS = 4
 TIMED = ((4, 128), (64, 256))
 CALLS_IN_GRAPH = 20
 
@@ -77,10 +80,10 @@ class Row:
     torch: str
 
 
-def routings(num_ranks: int, num_experts: int) -> Iterator[IntArray]:
+def routings(num_ranks: int, num_experts: int, num_seeds: int) -> Iterator[IntArray]:
     """Rows of skewed, tied, empty and extreme routings."""
     sizes = {"num_ranks": num_ranks, "num_experts": num_experts}
-    for seed in range(4):
+    for seed in range(num_seeds):
         for skew in (1.0, 1.5, 2.5, min(4.0, num_ranks)):
             yield expert_rows(RoutingCase(kind="rank", strength=skew, **sizes), 2048, seed)
         yield expert_rows(RoutingCase(kind="expert", strength=0.3, **sizes), 2048, seed)
@@ -96,10 +99,12 @@ def routings(num_ranks: int, num_experts: int) -> Iterator[IntArray]:
     yield idle
 
 
-def check_plans(num_ranks: int, num_experts: int, num_slots: int) -> int:
+def check_plans(
+    num_ranks: int, num_experts: int, num_slots: int, *, num_seeds: int = NUM_SEEDS
+) -> int:
     """The device's plan equals the planner's, twice; returns how many were compared."""
     num_plans = 0
-    for rows_RE in routings(num_ranks, num_experts):
+    for rows_RE in routings(num_ranks, num_experts, num_seeds):
         rows_RW = make_rows(rows_RE).cuda()
         for costs in COSTS:
             expected = planner.place_replicas(rows_RE, num_slots=num_slots, costs=costs)
@@ -115,11 +120,14 @@ def check_plans(num_ranks: int, num_experts: int, num_slots: int) -> int:
     return num_plans
 
 
-def check_reroutes(num_ranks: int, num_experts: int, num_slots: int) -> None:
+def check_reroutes(
+    num_ranks: int, num_experts: int, num_slots: int, *, small: bool = False
+) -> None:
     """The device's ids equal the reference's; those of all ranks meet the quotas."""
     case = RoutingCase(kind="rank", strength=2.0, num_ranks=num_ranks, num_experts=num_experts)
     # Large tiles and 32-bit ids are further compilations, so not every size has them.
     tokens = (0, 1, 3000, 20_000 if (num_ranks, num_experts) in TIMED else 700)
+    tokens = (0, 1, 40, 300) if small else tokens
     dtypes = (torch.int64, torch.int32) if num_ranks == 4 else (torch.int64,)
     topk = min(8, num_experts - 1)
     none = torch.zeros(0, topk, dtype=torch.int64)
@@ -192,17 +200,21 @@ def timed(case: BenchCase, num_calls: int) -> Row:
 def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description="Check and time the replica kernels.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines file of the times")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="JSON lines file of the times")
+    what.add_argument("--small", action="store_true", help="few small checks, no times")
     parser.add_argument("--num-calls", type=int, default=50, help="timed single calls a case")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("check_replicas.py needs a CUDA device, and torch sees none")
-    for sizes in SIZES:
+    for sizes in SMALL_SIZES if args.small else SIZES:
         start_s = time.perf_counter()
-        num_plans = check_plans(*sizes)
-        check_reroutes(*sizes)
+        num_plans = check_plans(*sizes, num_seeds=1 if args.small else NUM_SEEDS)
+        check_reroutes(*sizes, small=args.small)
         spent_s = time.perf_counter() - start_s
         print(f"equal to the reference: {sizes}, {num_plans} plans, {spent_s:.1f} s", flush=True)
+    if args.small:
+        return
     rows = []
     print(f"{'op':15}{'case':47}{'graph':>8}{'cold':>8}{'host':>8}{'bar':>6}  microseconds")
     cases = [*bench_place_replicas.make_cases("cuda"), *bench_reroute.make_cases("cuda")]
