@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -41,9 +42,8 @@ from benchmarks.gpu.bench_prefill import (
 )
 from benchmarks.gpu.compare_outputs import compared, log_probabilities
 
-KINDS = ("single", "batch", "skewed")
 NUM_BATCH = 8
-_rooms = count()
+_rooms = count(1)  # a decode server takes room 0 for one not yet written
 SMALL = 16  # tokens; passes that carry a new mode in
 NEW_TOKENS = 8
 AGAIN = "unified again"
@@ -115,13 +115,14 @@ async def answers_of(
     plans = {"single": ("0", single, 1), "batch": ("0", batch, NUM_BATCH),
              "skewed": (args.skew, batch, args.ranks)}  # fmt: skip
     found = {}
-    for kind in KINDS:
-        load, prompts, at_once = plans[kind]
+    for kind, (load, prompts, at_once) in plans.items():
         Path(args.skew_file).write_text(f"{load} | {mode}")
         for _ in range(2):  # a change of mode is published after the record of a pass
             await target.ask_all(session, small, len(small))
         before = await copies(session, args.prefill) if is_pair else 0
+        begun = time.perf_counter()
         answers = await target.ask_all(session, prompts, at_once)
+        print(f"asked {kind} of {mode}: {time.perf_counter() - begun:.1f} s", flush=True)
         found[kind] = {
             "load": load,
             "said": [log_probabilities([answer]) for answer in answers],
@@ -131,18 +132,17 @@ async def answers_of(
     return found
 
 
-async def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each mode and kind."""
+async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each mode and kind, appended to the file and printed as they come."""
     single = Target((args.unified,), args.ranks)
     pair = Target((args.prefill, args.decode), args.ranks, args.bootstrap_port)
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with client() as session:
         first = await answers_of(session, args, single, "stock")
         for mode in (*args.modes.split(","), AGAIN):
             other = await answers_of(session, args, single if mode == AGAIN else pair, mode)
-            for kind in KINDS:
-                one = other[kind]
-                rows.append({
+            added = [
+                {
                     "hardware": args.hardware,
                     "commit": args.commit,
                     "backend": "" if mode == AGAIN else args.backend,
@@ -152,8 +152,22 @@ async def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                     **compared(first[kind]["said"], one["said"]),
                     "copies": one["copies"],
                     "pass": one["pass"],
-                })  # fmt: skip
+                }
+                for kind, one in other.items()
+            ]
+            result_rows.append(added, args.out)
+            print_rows(added)
+            rows += added
     return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A line for each."""
+    for row in rows:
+        print(f"{row['mode']:14} {row['kind']:7} {row['requests_equal']} of {row['requests']} "
+              f"requests and {row['tokens_equal']} of {row['tokens']} tokens equal, "
+              f"log-probabilities at most {row['apart_max']:.5f} apart, mean "
+              f"{row['apart_mean']:.6f}, {row['copies']} experts copied", flush=True)  # fmt: skip
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
@@ -171,7 +185,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Ask, append the rows to a file, print them, and end with what must not be."""
+    """Ask, keep the rows, and end with what must not be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for role in ("unified", "prefill", "decode"):
         parser.add_argument(f"--{role}", required=True, help="address of a running server")
@@ -185,14 +199,7 @@ def main() -> None:
     parser.add_argument("--backend", default="", help="kept in the rows")
     result_rows.add_arguments(parser)
     args = parser.parse_args()
-    rows = asyncio.run(rows_of(args))
-    result_rows.append(rows, args.out)
-    for row in rows:
-        apart = row["log_probabilities_apart"]
-        print(f"{row['mode']:14} {row['kind']:7} {row['requests_equal']} of {row['requests']} "
-              f"requests and {row['tokens_equal']} of {row['tokens']} tokens equal, "
-              f"log-probabilities at most {apart['max']:.5f} apart, mean {apart['mean']:.6f}, "
-              f"{row['copies']} experts copied")  # fmt: skip
+    rows = asyncio.run(measure(args))
     if found := faults(rows):
         raise SystemExit("\n".join(found))
     print("all as it should be")

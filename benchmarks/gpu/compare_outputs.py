@@ -38,7 +38,8 @@ def compared(first: list[Answer], other: list[Answer]) -> dict[str, Any]:
         "tokens": sum(map(len, first)),
         "tokens_equal": num_tokens,
         "bit_equal": first == other,
-        "log_probabilities_apart": {"max": max(apart, default=0.0), "mean": statistics.mean(apart or [0.0])},
+        "apart_max": max(apart, default=0.0),
+        "apart_mean": statistics.mean(apart or [0.0]),
         "finite": all(math.isfinite(value) for answer in other for value, _ in answer),
     }
 
