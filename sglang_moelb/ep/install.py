@@ -152,20 +152,35 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             bool(given("enable_two_batch_overlap")),
             "two micro-batches a layer are not supported yet; leave the flag out",
         ),
-        (
-            "--enable-eplb",
-            bool(given("enable_eplb")),
-            "EPLB renames experts while it runs; leave the flag out",
-        ),
-        (
-            f"--ep-num-redundant-experts {given('ep_num_redundant_experts')}",
-            bool(given("ep_num_redundant_experts")),
-            "redundant experts are not supported yet; leave the flag out",
-        ),
+        *_renaming_refusals(args),
         (
             f"--tokenizer-worker-num {given('tokenizer_worker_num')}",
             (given("tokenizer_worker_num") or 1) != 1,
             "/moelb/status needs one tokenizer worker; leave the flag out",
+        ),
+    ]
+
+
+def _renaming_refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+    """What makes SGLang's numbers of the chosen experts other than the model's."""
+    location = getattr(args, "init_expert_location", None) or "trivial"
+    redundant = getattr(args, "ep_num_redundant_experts", None)
+    return [
+        (
+            "--enable-eplb",
+            bool(getattr(args, "enable_eplb", None)),
+            "EPLB renames experts while it runs; leave the flag out",
+        ),
+        (
+            f"--init-expert-location {location}",
+            location != "trivial",
+            "SGLang then renames the chosen experts but not the router's scores, which levers and "
+            "traces read together; leave the flag out",
+        ),
+        (
+            f"--ep-num-redundant-experts {redundant}",
+            bool(redundant),
+            "redundant experts are not supported yet; leave the flag out",
         ),
     ]
 

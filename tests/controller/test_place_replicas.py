@@ -118,6 +118,19 @@ def test_rank_skews_up_to_4_are_balanced_to_1_percent_with_8_slots(
         assert left_over(place_replicas(rows_RE, num_slots=8)) <= 1.01
 
 
+@pytest.mark.parametrize("skew", [1.2, 2.0, 3.0, 4.0])
+def test_rank_skews_of_64_experts_a_rank_are_balanced_to_1_percent_with_16_slots(
+    skew: float,
+) -> None:
+    for seed in range(3):
+        rows_RE = rank_skewed(4, 256, skew, seed)
+        assert left_over(place_replicas(rows_RE, num_slots=16)) <= 1.01
+
+
+def test_eight_slots_are_too_few_for_64_experts_of_a_rank_at_skew_4() -> None:
+    assert left_over(place_replicas(rank_skewed(4, 256, 4.0), num_slots=8)) > 1.2
+
+
 @pytest.mark.parametrize(("num_ranks", "num_experts"), SIZES)
 @pytest.mark.parametrize("num_slots", [4, 8])
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.3])

@@ -122,6 +122,23 @@ def ep_scatter(
     num_words = -(-(recv_x.shape[1] // 128) // 4)
     assert recv_x_scale.dtype is output_tensor_scale.dtype is torch.int32
     assert recv_x_scale.shape[1] == output_tensor_scale.shape[1] == num_words
+    scatter(
+        recv_x, recv_x_scale, recv_topk, num_recv_tokens_per_expert,
+        output_tensor, output_tensor_scale, m_indices, output_index,
+    )  # fmt: skip
+
+
+def scatter(
+    recv_x: torch.Tensor,
+    recv_x_scale: torch.Tensor,
+    recv_topk: torch.Tensor,
+    num_recv_tokens_per_expert: torch.Tensor,
+    output_tensor: torch.Tensor,
+    output_tensor_scale: torch.Tensor,
+    m_indices: torch.Tensor,
+    output_index: torch.Tensor,
+) -> None:
+    """Rows and their scales side by side for each expert, whatever the scales are."""
     assert m_indices.shape[0] % BLOCK_M == 0
     output_tensor.view(torch.uint8).fill_(0x7F)  # NaN: what memory may hold
     starts = (num_recv_tokens_per_expert.cumsum(0) - num_recv_tokens_per_expert).tolist()

@@ -172,19 +172,25 @@ def test_other_modes_hold_nothing(layers: list[Any], mode: str) -> None:
 
 
 @pytest.mark.parametrize("config", [DOWNGRADE, AUTO], ids=["downgrade", "auto"])
-@pytest.mark.parametrize(("resident", "num_kept"), [("", 0), ("1", 1), ("0-1", 2), ("all", 3)])
-def test_slots_and_copies_are_held_and_told(
-    layers: list[Any], config: Config, resident: str, num_kept: int
+@pytest.mark.parametrize(
+    ("resident", "num_slots", "num_kept"),
+    [("", 2, 0), ("1", 2, 1), ("0-1", 2, 2), ("0-2", 0, 3), ("all", 0, 3)],
+)
+def test_copies_and_where_some_layer_has_none_slots_are_held_and_told(
+    layers: list[Any], config: Config, resident: str, num_slots: int, num_kept: int
 ) -> None:
-    config = merge(config, {"downgrade": {"resident_layers": resident, "slots": 1}})
+    config = merge(config, {"downgrade": {"resident_layers": resident, "slots": 2}})
     started, lever, memory = attach_downgrade(RUNNER, config, 0, None)
     assert started == config
     assert lever is not None
     assert lever.told() == {"format": "fp8", "num_low_layers": 0, "num_host_waits": 0}
     one = 4 * 3 * 256 * 128
     one += one // 128**2 * 4
-    assert (memory.staging_bytes, memory.resident_bytes) == (one, num_kept * one)
-    assert memory.kv_tokens_lost == -(-(1 + num_kept) * one // 1000)
+    assert (memory.staging_bytes, memory.resident_bytes) == (
+        num_slots * one,
+        num_kept * one,
+    )
+    assert memory.kv_tokens_lost == -(-(num_slots + num_kept) * one // 1000)
     assert f"the KV cache has {memory.kv_tokens_lost} tokens less" in memory.line()
 
 

@@ -220,6 +220,7 @@ GOOD_SERVER: dict[str, Any] = {
     "disaggregation_mode": "null",
     "enable_two_batch_overlap": False,
     "enable_eplb": False,
+    "init_expert_location": "trivial",
     "ep_num_redundant_experts": 0,
     "tokenizer_worker_num": 1,
 }
@@ -237,6 +238,10 @@ GOOD_SERVER: dict[str, Any] = {
         ({"enable_pdmux": True}, ["--enable-pdmux", "leave the flag out"]),
         ({"enable_two_batch_overlap": True}, ["--enable-two-batch-overlap", "leave the flag out"]),
         ({"enable_eplb": True}, ["--enable-eplb", "leave the flag out"]),
+        (
+            {"init_expert_location": "counts.pt"},
+            ["--init-expert-location counts.pt", "the router's scores", "leave the flag out"],
+        ),
         ({"ep_num_redundant_experts": 2}, ["--ep-num-redundant-experts 2", "leave the flag out"]),
         ({"tokenizer_worker_num": 4}, ["--tokenizer-worker-num 4", "leave the flag out"]),
     ],

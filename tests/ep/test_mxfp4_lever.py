@@ -28,6 +28,7 @@ from .sm100 import DeepGemm, blackwell, quantise_128, sglang_runner
 
 E_LOCAL, HIDDEN, INNER = 4, 640, 128  # five groups of 128 and one: words are not full
 DOWNGRADE = merge(Config(), {"mode": "downgrade"})
+Values = Callable[[torch.Tensor], torch.Tensor]
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -100,7 +101,10 @@ def in_fp8(x: torch.Tensor) -> torch.Tensor:
     return values.float() * torch.exp2(byte.float() - 127).repeat_interleave(128, dim=-1)
 
 
-def by_definition(layer: Any, rows: Any, low: tuple[int, ...]) -> torch.Tensor:
+def by_definition(
+    layer: Any, rows: Any, low: tuple[int, ...], *, of_rows: Values = in_fp8,
+    of_weights: Values = in_mxfp4,
+) -> torch.Tensor:  # fmt: skip
     """Each row's experts, those of `low` on values of the format."""
     out = torch.zeros(rows.hidden_states.shape)
     for expert in range(E_LOCAL):
@@ -108,10 +112,10 @@ def by_definition(layer: Any, rows: Any, low: tuple[int, ...]) -> torch.Tensor:
         w13, w2 = layer.w13_weight[expert].float(), layer.w2_weight[expert].float()
         x = rows.hidden_states[taken]
         if expert in low:
-            x, w13, w2 = in_fp8(x), in_mxfp4(w13), in_mxfp4(w2)
+            x, w13, w2 = of_rows(x), of_weights(w13), of_weights(w2)
         gate, up = (x.float() @ w13.T).bfloat16().float().chunk(2, dim=1)
         act = (F.silu(gate) * up).bfloat16()
-        act = in_fp8(act) if expert in low else act.float()
+        act = of_rows(act) if expert in low else act.float()
         down = (act @ w2.T).bfloat16().float()
         out.index_add_(0, taken, down * rows.topk_weights[taken, columns][:, None])
     return out

@@ -50,6 +50,7 @@ from sglang_moelb.types import Lever, Policy, Topology  # noqa: E402
 
 NUM_LAYERS, TOPK = 4, 8
 MAX_WORD = 4  # 8 experts of two projections add up to at most 64, exact in bfloat16
+SLOW_S = 0.02
 FLAT_AFTER, FLAT_BYTES = 200, 64 << 20
 
 
@@ -212,8 +213,9 @@ def steps(sizes: argparse.Namespace, rank: int, group: dist.ProcessGroup) -> int
     for step in range(sizes.steps):
         every = random.Random(-1 - step)
         one, module = routed(sizes, step, rank), layers[step % NUM_LAYERS]
-        if every.random() < 0.05 and rank == every.randrange(sizes.ranks):
-            time.sleep(0.02)  # a rank that is slow
+        is_slow = every.random() < 0.05 and rank == every.randrange(sizes.ranks)
+        if is_slow or rank == sizes.slow_rank:
+            time.sleep(SLOW_S)
         module.busy = torch.zeros(0)
         if device.type == "cuda" and every.random() < 0.3:
             module.busy = torch.zeros(4096, 4096, device=device)
@@ -248,6 +250,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of a rank, at most")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=768)
+    parser.add_argument("--slow-rank", type=int, default=-1, help="late in every step")
     parser.add_argument("--die-at", type=int, default=-1)
     sizes = parser.parse_args()
     rank, sizes.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -69,8 +69,11 @@ def test_the_worked_example_of_the_docstring(place_replicas: Callable) -> None:
 
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize("skew", [1.0, 2.0, 4.0])
-def test_rank_skews_at_ep_4(place_replicas: Callable, skew: float, costs: CopyCosts) -> None:
-    assert_same(place_replicas, rank_skewed(4, 128, skew, seed=1), 8, costs)
+@pytest.mark.parametrize(("num_experts", "num_slots"), [(128, 8), (256, 16)])
+def test_rank_skews_at_ep_4(
+    place_replicas: Callable, num_experts: int, num_slots: int, skew: float, costs: CopyCosts
+) -> None:
+    assert_same(place_replicas, rank_skewed(4, num_experts, skew, seed=1), num_slots, costs)
 
 
 @pytest.mark.parametrize(

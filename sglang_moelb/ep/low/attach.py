@@ -181,7 +181,7 @@ def warm_up(layer: Any, staging: Staging, group: Any) -> None:
 
     The first downgrade would else stall the other ranks into DeepEP's timeout. Two runs of 128 rows
     of one expert, through SGLang's runner; DeepGEMM compiles all sizes on the first rank of a host
-    and the others wait at the end. Slot 0 holds zeros.
+    and the others wait at the end. The low run reads a slot of zeros, or layer 0's kept copy.
     """
     dispatch_output = some_rows(layer)
     layer.quant_method.apply(layer=layer, dispatch_output=dispatch_output)

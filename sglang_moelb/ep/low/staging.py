@@ -31,7 +31,10 @@ class Slot:
 
 
 class Staging:
-    """The low-precision weights of all layers of this rank."""
+    """The low-precision weights of all layers of this rank.
+
+    Where every layer is resident nothing is ever converted, and there are no slots.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Staging:
         self._lanes = lanes
         device = layers[0].w13_weight.device
         self._num_programs = _num_sms(device) // SM_SHARE if device.type == "cuda" else None
+        num_slots = num_slots if len(resident) < len(layers) else 0
         self._slots = [Slot(weights=low_format.allocate(layers[0])) for _ in range(num_slots)]
         self._resident = {layer: self._kept(layers[layer]) for layer in sorted(resident)}
 
