@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_moelb.ab.arms import parse_arms
+
 from .commands import KEYS, LAUNCH, RECIPES, SCRIPTS, command, fits, recipe_values, run
 
 MAX_LINES = 40
@@ -70,6 +72,16 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path) -> None:
     role = run("prefill", "tiny-vl_cpu")
     assert role.returncode == 2
     assert "PREFILL_FLAGS" in role.stderr
+
+
+def test_json_among_the_flags_reaches_the_server_and_the_arm_whole(tmp_path: Path) -> None:
+    text = '{"replicate":{"ready":true,"slots":8}}'
+    recipe = tmp_path / "json.env"
+    recipe.write_text(f"MODEL=m\nDEVICE=gpu\nRANKS=4\nFLAGS=\nMOELB_FLAGS=--moelb-config {text}\n")
+    assert command("serve_moelb", str(recipe))[-2:] == ["--moelb-config", text]
+    words = command("ab", str(recipe))
+    arms = parse_arms([words[i + 1] for i, word in enumerate(words) if word == "--arm"], [])
+    assert list(arms[1].flags) == ["--moelb-mode", "auto", "--moelb-config", text]
 
 
 def test_flags_of_the_caller_come_last_and_the_model_may_come_from_the_environment() -> None:
