@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglang_moelb.ab.arms import parse_arms
+from sglang_moelb.config import Config, load, merge
 
 from .commands import KEYS, LAUNCH, RECIPES, SCRIPTS, command, fits, recipe_values, run
 
@@ -19,7 +20,7 @@ PAIRS = [(script, recipe) for script in SCRIPTS for recipe in RECIPES if fits(sc
 
 def test_there_is_a_script_for_every_use_and_a_recipe_for_every_hardware() -> None:
     assert {path.stem for path in FILES} == {*SCRIPTS, "common"}
-    assert {recipe.rpartition("_")[2] for recipe in RECIPES} == {"cpu", "h100x4"}
+    assert {recipe.rpartition("_")[2] for recipe in RECIPES} == {"cpu", "h100x2", "h100x4"}
     for script in SCRIPTS:
         assert any(fits(script, recipe) for recipe in RECIPES)
 
@@ -45,7 +46,7 @@ def test_a_recipe_holds_values_only(recipe: str) -> None:
     assert set(values) <= set(KEYS)
     assert {"MODEL", "DEVICE", "RANKS", "FLAGS"} <= set(values)
     assert values["DEVICE"] in ("cpu", "gpu")
-    assert not re.search(r"[$`;|<>\"']", "".join(values.values()))
+    assert not re.search(r"[$`;|<>']", "".join(values.values()))
     assert "--moelb" not in values["FLAGS"]
 
 
@@ -103,6 +104,16 @@ def test_a_cpu_recipe_goes_through_the_standin_and_a_gpu_recipe_does_not(
     else:
         assert ("sglang_moelb.ep.standin.launch" in words) == cpu
         assert ("sglang.launch_server" in words) == (not cpu)
+
+
+@pytest.mark.parametrize("recipe", [one for one in RECIPES if "_h100x" in one])
+def test_a_gpu_recipe_makes_room_for_the_levers_but_not_in_decode(recipe: str) -> None:
+    for script in ("serve_moelb", "prefill"):
+        words = command(script, recipe)
+        config = merge(Config(), load(words[words.index("--moelb-config") + 1]))
+        assert config.replicate.ready
+        assert config.downgrade.ready
+    assert "--moelb-config" not in command("decode", recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
