@@ -5,5 +5,6 @@
 read_recipe "$1"
 where=(--gpu) && common=(--tp-size "$RANKS" "${flags[@]}")
 [[ $DEVICE != cpu ]] || { where=(--cpu --ranks "$RANKS"); common=("${flags[@]}"); }
+printf -v arm ' %q' auto "${moelb_flags[@]}"  # moelb ab splits an arm as a shell does
 start moelb ab --model "$MODEL" "${where[@]}" --arm stock= \
-  --arm "auto=--moelb-mode auto ${moelb_flags[*]}" "${@:2}" -- "${common[@]}"
+  --arm "auto=--moelb-mode$arm" "${@:2}" -- "${common[@]}"

@@ -109,8 +109,8 @@ def abilities(facts: Facts) -> list[Row]:
         _row("demo and A/B on CPU", demo_needs(facts), "make demo, or: moelb ab --cpu"),
         _row("EP with DeepEP on GPUs", gpu, f"up to {ranks} ranks: launch/serve_moelb.sh"),
         *(_mode(mode, facts, gpu, cpu) for mode in MODES),
-        _role("prefill role", facts, gpu),
-        _role("decode role", facts, gpu),
+        _role("prefill role", facts, gpu, cpu),
+        _role("decode role", facts, gpu, cpu),
         _eplb(facts),
     ]
 
@@ -119,6 +119,8 @@ def _mode(mode: str, facts: Facts, gpu: list[Need], cpu: list[Need]) -> Row:
     what = f"mode {mode}"
     places = [name for name, needs in (("GPUs", gpu), ("CPU", cpu)) if not needs]
     note = "lossy" if mode in LOSSY else "same output as stock"
+    if mode == "replicate":
+        note += " but for the order of additions"
     if mode == "downgrade" and not gpu:
         note += f"; {_low_precision(facts)}"
     return _row(what, [] if places else cpu, f"on {' and '.join(places)}, {note}")
@@ -130,13 +132,15 @@ def _low_precision(facts: Facts) -> str:
     return ", ".join(sorted(told))
 
 
-def _role(what: str, facts: Facts, gpu: list[Need]) -> Row:
-    needs = list(gpu)
-    if facts.gpus and not facts.package("KV transfer").found:
-        fix = "pip install mooncake-transfer-engine-cuda13"
+def _role(what: str, facts: Facts, gpu: list[Need], cpu: list[Need]) -> Row:
+    """Without a GPU both roles serve on CPU and move the KV cache over TCP."""
+    needs = list(gpu if facts.gpus else cpu)
+    if not facts.package("KV transfer").found:
+        build = "cuda13" if facts.gpus else "non-cuda"
+        fix = f"pip install mooncake-transfer-engine-{build}"
         needs.append(Need(why="no KV transfer library", fix=fix))
     script = what.partition(" ")[0]
-    return _row(what, needs, f"launch/{script}.sh")
+    return _row(what, needs, f"launch/{script}.sh{'' if facts.gpus else ' tiny-text_cpu'}")
 
 
 def _eplb(facts: Facts) -> Row:

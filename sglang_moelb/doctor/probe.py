@@ -47,7 +47,15 @@ PACKAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("flashinfer", ("flashinfer-python",)),
     ("triton", ("triton",)),
     ("prometheus-client", ("prometheus-client",)),
-    ("KV transfer", ("mooncake-transfer-engine", "mooncake-transfer-engine-cuda13", "nixl")),
+    (
+        "KV transfer",
+        (
+            "mooncake-transfer-engine",
+            "mooncake-transfer-engine-cuda13",
+            "mooncake-transfer-engine-non-cuda",
+            "nixl",
+        ),
+    ),
 )
 # import name, then what pip calls it: what `moelb ab` and the demo need beside the server
 EXTRAS = (

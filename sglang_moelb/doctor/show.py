@@ -14,6 +14,8 @@ STYLES = {Mark.OK: "green", Mark.NO: "bold red", Mark.NOTE: "dim"}
 def table_of(report: Report) -> Table:
     """One table, a section a block."""
     table = Table("", "what", "", "found", "fix", title="moelb doctor", title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"  # a command cut short cannot be run
     section = ""
     for row in report.rows:
         if section and row.section != section:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from sglang_moelb.doctor.abilities import num_ranks_possible
 from sglang_moelb.doctor.facts import Facts, Links, Mark, PatchFact
 from sglang_moelb.doctor.judge import judge
+from sglang_moelb.doctor.show import table_of
 from sglang_moelb.ep.low import formats
 from sglang_moelb.types import MODES
 
@@ -25,7 +28,22 @@ def test_a_laptop_runs_the_demo_and_every_mode_but_no_gpu_server() -> None:
     assert failing(report) == GPU_ABILITIES | {EPLB}
     for mode in MODES:
         assert row(report, f"mode {mode}").found.startswith("on CPU")
-    assert "same output as stock" in row(report, "mode replicate").found
+    assert (
+        "same output as stock but for the order of additions" in row(report, "mode replicate").found
+    )
+
+
+def test_without_a_gpu_both_roles_lack_only_what_moves_the_kv_cache() -> None:
+    for role in ("prefill role", "decode role"):
+        told = row(judge(laptop()), role)
+        assert "no GPU" not in told.found
+        assert "mooncake-transfer-engine-non-cuda" in told.fix
+
+
+def test_a_narrow_table_cuts_no_fix() -> None:
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(table_of(judge(laptop())))
+    assert "…" not in console.export_text()
 
 
 def test_a_host_of_h100s_runs_everything() -> None:

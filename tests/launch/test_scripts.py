@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_moelb.ab.arms import parse_arms
+from sglang_moelb.config import Config, load, merge
+
 from .commands import KEYS, LAUNCH, RECIPES, SCRIPTS, command, fits, recipe_values, run
 
 MAX_LINES = 40
@@ -17,7 +20,7 @@ PAIRS = [(script, recipe) for script in SCRIPTS for recipe in RECIPES if fits(sc
 
 def test_there_is_a_script_for_every_use_and_a_recipe_for_every_hardware() -> None:
     assert {path.stem for path in FILES} == {*SCRIPTS, "common"}
-    assert {recipe.rpartition("_")[2] for recipe in RECIPES} == {"cpu", "h100x4"}
+    assert {recipe.rpartition("_")[2] for recipe in RECIPES} == {"cpu", "h100x2", "h100x4"}
     for script in SCRIPTS:
         assert any(fits(script, recipe) for recipe in RECIPES)
 
@@ -43,7 +46,7 @@ def test_a_recipe_holds_values_only(recipe: str) -> None:
     assert set(values) <= set(KEYS)
     assert {"MODEL", "DEVICE", "RANKS", "FLAGS"} <= set(values)
     assert values["DEVICE"] in ("cpu", "gpu")
-    assert not re.search(r"[$`;|<>\"']", "".join(values.values()))
+    assert not re.search(r"[$`;|<>']", "".join(values.values()))
     assert "--moelb" not in values["FLAGS"]
 
 
@@ -72,6 +75,16 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path: Path) -> None:
     assert "PREFILL_FLAGS" in role.stderr
 
 
+def test_json_among_the_flags_reaches_the_server_and_the_arm_whole(tmp_path: Path) -> None:
+    text = '{"replicate":{"ready":true,"slots":8}}'
+    recipe = tmp_path / "json.env"
+    recipe.write_text(f"MODEL=m\nDEVICE=gpu\nRANKS=4\nFLAGS=\nMOELB_FLAGS=--moelb-config {text}\n")
+    assert command("serve_moelb", str(recipe))[-2:] == ["--moelb-config", text]
+    words = command("ab", str(recipe))
+    arms = parse_arms([words[i + 1] for i, word in enumerate(words) if word == "--arm"], [])
+    assert list(arms[1].flags) == ["--moelb-mode", "auto", "--moelb-config", text]
+
+
 def test_flags_of_the_caller_come_last_and_the_model_may_come_from_the_environment() -> None:
     words = command("serve_moelb", "tiny-vl_cpu", "--moelb-mode", "observe")
     assert words[-2:] == ["--moelb-mode", "observe"]
@@ -91,6 +104,16 @@ def test_a_cpu_recipe_goes_through_the_standin_and_a_gpu_recipe_does_not(
     else:
         assert ("sglang_moelb.ep.standin.launch" in words) == cpu
         assert ("sglang.launch_server" in words) == (not cpu)
+
+
+@pytest.mark.parametrize("recipe", [one for one in RECIPES if "_h100x" in one])
+def test_a_gpu_recipe_makes_room_for_the_levers_but_not_in_decode(recipe: str) -> None:
+    for script in ("serve_moelb", "prefill"):
+        words = command(script, recipe)
+        config = merge(Config(), load(words[words.index("--moelb-config") + 1]))
+        assert config.replicate.ready
+        assert config.downgrade.ready
+    assert "--moelb-config" not in command("decode", recipe)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
