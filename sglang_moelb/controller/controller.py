@@ -43,8 +43,7 @@ NUM_NEWEST = 4  # passes that stop a lever which makes them clearly longer
 class Controller:
     """Decides the policy of the next pass from the records of the last ones.
 
-    Not thread-safe: `step` and `reconfigure` must be called under one lock. Keeps references to
-    the records of its window.
+    Not thread-safe: `step` and `reconfigure` must be called under one lock. Keeps its records.
     """
 
     def __init__(self, config: Config, topology: Topology, epoch: int = 0) -> None:
@@ -214,7 +213,6 @@ class Controller:
                 self._loads,
                 self._projections,
                 cost=self._cost,
-                times=self._times,
                 steps_of=self._steps,
                 forecast=forecasts,
                 now_s=now_s,
@@ -226,7 +224,9 @@ class Controller:
     def _estimated(self) -> LoadEstimate:
         loads = tuple(self._loads)
         self._cost = model = cost.fit(loads, self._cost, self._reports.by_step)
-        times = self._times = self._steps(loads)
+        first = load.first_of_new(loads)
+        loads, projections = loads[first:], tuple(self._projections)[first:]
+        times = self._steps(loads)
         return LoadEstimate(
             num_passes=len(loads),
             confidence=load.confidence(loads),
@@ -238,7 +238,7 @@ class Controller:
             spent_low_share=self._quality.low_share,
             forecasts=self._forecasts(
                 loads,
-                self._projections,
+                projections,
                 times,
                 cost_model=model,
                 own=self._own,

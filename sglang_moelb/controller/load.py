@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ BoolArray = NDArray[np.bool_]
 UNLEARNT = LowCost()
 HALF_TRUSTED_PASSES = 2  # so many passes without any spread give a confidence of one half
 OUTLIER = 5.0  # times the median; a compile in the first passes is far above
+NUM_NEW = 3  # passes in a row that must be unlike all before, for a load to be a new one
+MORE_SKEWED, LARGER = 1.1, 2.0  # times the balance, and the tokens, of a pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +151,29 @@ def confidence(loads: Sequence[PassLoad]) -> float:
 def full_confidence(num_passes: int) -> float:
     """The confidence that `num_passes` passes without any spread give. Runs on the host. Ours."""
     return num_passes / (num_passes + HALF_TRUSTED_PASSES)
+
+
+def first_of_new(loads: Sequence[PassLoad]) -> int:
+    """Where in the window the newest load begins, if a heavier one has come; else 0.
+
+    That is the fewest newest passes, at least NUM_NEW, which are all MORE_SKEWED, or all LARGER,
+    than every one before. A load that comes and goes is in the window already and begins nothing,
+    and one that has become lighter does not: a lever that stays on through it costs little, and
+    one that flaps, more. Runs on the host. Ours.
+    """
+    if len(loads) <= NUM_NEW:
+        return 0
+    skews, sizes = [one.mean_balance for one in loads], [one.num_tokens for one in loads]
+    skew_before, size_before = list(accumulate(skews, max)), list(accumulate(sizes, max))
+    first = len(loads) - NUM_NEW
+    least_skew, least_size = min(skews[first:]), min(sizes[first:])
+    while first > 0:
+        is_skewed = least_skew >= MORE_SKEWED * skew_before[first - 1]
+        if is_skewed or least_size >= LARGER * size_before[first - 1]:
+            return first
+        first -= 1
+        least_skew, least_size = min(least_skew, skews[first]), min(least_size, sizes[first])
+    return 0
 
 
 def usable_times(ms: FloatArray, size: IntArray | FloatArray) -> BoolArray:

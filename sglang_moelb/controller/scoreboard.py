@@ -114,7 +114,6 @@ class Scoreboard:
         projections: Projections,
         *,
         cost: CostModel,
-        times: StepTimes,
         steps_of: Callable[[Sequence[PassLoad]], StepTimes],
         forecast: Forecast,
         now_s: float,
@@ -125,8 +124,7 @@ class Scoreboard:
             loads: the controller's window, oldest first; it has just been forecast.
             projections: those of `loads`.
             cost: what rows cost, fitted to `loads`; nothing is sampled while it is not known.
-            times: the steps of `loads`.
-            steps_of: the steps of any passes, as those were made.
+            steps_of: the steps of passes.
             forecast: forecasts all levers over given passes, their own time left out.
             now_s: the time.
         """
@@ -134,7 +132,8 @@ class Scoreboard:
         if not known or now_s - self._sampled_s < SAMPLE_S:
             return
         first = len(loads) - min(self._num_new, len(loads))
-        at_P = [at for at in range(first, len(loads)) if times.timed_P[at]]
+        timed_P = steps_of(loads).timed_P
+        at_P = [at for at in range(first, len(loads)) if timed_P[at]]
         if not at_P:
             return
         chosen = [loads[at] for at in at_P]

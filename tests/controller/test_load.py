@@ -8,7 +8,7 @@ import pytest
 from sglang_moelb.controller import load
 from sglang_moelb.types import Topology
 
-from .world import BALANCED, SKEWED, TOPOLOGY, record
+from .world import BALANCED, MILD, SKEWED, TOPOLOGY, record
 
 
 def loads(*passes: tuple[int, ...]) -> list[load.PassLoad]:
@@ -59,6 +59,56 @@ def test_confidence_falls_with_variance() -> None:
     steady = load.confidence(loads(*[SKEWED] * 4))
     uneven = load.confidence(loads(SKEWED, BALANCED, SKEWED, BALANCED))
     assert uneven < steady
+
+
+@pytest.mark.parametrize("num_new", [3, 4, 20])
+@pytest.mark.parametrize("num_before", [1, 4, 12])
+def test_a_load_more_skewed_than_all_before_is_a_new_one_from_its_third_pass(
+    num_before: int, num_new: int
+) -> None:
+    before = [(MILD, BALANCED)[i % 2] for i in range(num_before)]
+    assert load.first_of_new(loads(*before, *[SKEWED] * (num_new - 1))) == (
+        num_before if num_new > 3 else 0
+    )
+    assert load.first_of_new(loads(*before, *[SKEWED] * num_new)) == num_before
+
+
+def test_passes_twice_as_large_as_all_before_are_a_new_load_whatever_their_skew() -> None:
+    small = [load.load_of(record(SKEWED), TOPOLOGY)] * 8
+    for scale, first in ((1, 0), (2, 8)):
+        large = [load.load_of(record(BALANCED, scale=scale), TOPOLOGY)] * 3
+        assert load.first_of_new(small + large) == first
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [SKEWED] * 8,
+        [SKEWED] * 8 + [BALANCED] * 8,
+        [BALANCED] * 8 + [SKEWED] * 2,
+        [SKEWED] + [BALANCED] * 8 + [SKEWED] * 8,
+        [BALANCED] * 8 + [SKEWED] * 3 + [BALANCED],
+        [SKEWED] * 3,
+        [],
+    ],
+    ids=["steady", "lighter", "too few", "seen before", "gone again", "all", "none"],
+)
+def test_a_load_that_is_steady_lighter_seen_before_or_gone_begins_nothing(
+    passes: list[tuple[int, ...]],
+) -> None:
+    assert load.first_of_new(loads(*passes)) == 0
+
+
+def test_the_newest_of_several_loads_counts() -> None:
+    between = (1500, 1500, 900, 900, 800, 800, 800, 800)  # rank 0 has 1.5 times the mean
+    passes = loads(*[BALANCED] * 4, *[between] * 4, *[SKEWED] * 4)
+    assert load.first_of_new(passes[:8]) == 4
+    assert load.first_of_new(passes) == 8
+
+
+def test_a_load_that_drifts_begins_nothing() -> None:
+    drifting = [(1000 + 10 * i, *[1000] * 7) for i in range(32)]
+    assert load.first_of_new(loads(*drifting)) == 0
 
 
 def test_a_record_of_another_model_is_refused() -> None:

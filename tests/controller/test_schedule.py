@@ -16,7 +16,7 @@ import pytest
 from sglang_moelb.config import Config, merge
 from sglang_moelb.types import Lever
 
-from .schedule import PHASES, Phase, Server, in_mode_ms
+from .schedule import PHASES, TINY, Phase, Server, in_mode_ms
 
 MODES = ("none", "expand", "drop", "downgrade", "replicate")
 GOAL = 0.98
@@ -101,3 +101,24 @@ def test_a_lever_that_begins_to_lose_time_stops_within_a_few_passes() -> None:
     assert server.levers_P[1][:8].count(Lever.REPLICATE) <= 5
     assert set(server.levers_P[1][8:]) == {Lever.NONE}
     assert "replicate takes more time than it saves" in " ".join(server.reasons_P[1][:8])
+
+
+TINY_FIRST = (
+    Phase(name="skewed", skew=2.0, num_passes=40),  # where replicate's own time is learned
+    Phase(name="tiny batches", tokens=TINY, skew=2.0, num_passes=40),
+)
+
+
+@pytest.mark.parametrize(
+    "before", [(Phase(name="balanced", num_passes=40),), TINY_FIRST], ids=["balanced", "tiny"]
+)
+@pytest.mark.parametrize("skew", [1.5, 2.0, 3.0])
+def test_a_skew_that_comes_is_acted_on_within_a_few_passes(
+    before: tuple[Phase, ...], skew: float
+) -> None:
+    phases = (*before, Phase(name="now", skew=skew, num_passes=40))
+    server = Server(config=config_of(ENOUGH)).run(phases)
+    assert server.levers_P[-2][-1] is Lever.NONE
+    first = server.levers_P[-1].index(Lever.REPLICATE)
+    assert first <= 5
+    assert set(server.levers_P[-1][first:]) == {Lever.REPLICATE}
