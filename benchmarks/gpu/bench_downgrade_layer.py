@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu import result_rows
-from benchmarks.gpu.one_layer import LayerSizes, make_layer
+from benchmarks.gpu.one_layer import LayerSizes, make_layer, now_s
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.shared_gpus import local_device
 from benchmarks.gpu.skew_plugin import skewed_ids
@@ -52,7 +51,7 @@ from sglang_moelb.ep.low.staging import Staging
 from sglang_moelb.kernels.row_layout import FLAG_VISION
 from sglang_moelb.types import Form, Lever, Policy, Topology
 
-NUM_EXPERTS, NUM_LAYERS, HOT = 128, 4, 0
+NUM_LAYERS, HOT = 4, 0
 TOLERANCE = 0.12  # of a layer's output; float8 rounds by 6.4 % where all is low
 
 
@@ -74,7 +73,7 @@ class Rig:
     def run_own(self, number: int, routed: LayerInput) -> torch.Tensor:
         """A layer in bfloat16."""
         layer = self.layers[number]
-        rows, handle = dispatch(self.buffer, routed, routed.ids_TK, NUM_EXPERTS)
+        rows, handle = dispatch(self.buffer, routed, routed.ids_TK, self.topology.num_experts)
         return combine(self.buffer, layer.quant_method.apply(layer, rows), handle)
 
     def run_low(
@@ -86,7 +85,8 @@ class Rig:
             policy = Policy(epoch=1, lever=Lever.DOWNGRADE, capacity_factor=1.0, form=form)
             low_E = plan_low(self.skewed, policy, self.topology, self.exchange).low_E
         lever.prepare(number, low_E)
-        rows, handle = dispatch(self.buffer, self.skewed, self.skewed.ids_TK, NUM_EXPERTS)
+        skewed, num_experts = self.skewed, self.topology.num_experts
+        rows, handle = dispatch(self.buffer, skewed, skewed.ids_TK, num_experts)
         out = lever.run(layer, rows)
         if out is None:
             out = layer.quant_method.apply(layer, rows)
@@ -108,7 +108,7 @@ class Rig:
 def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
     """Layers, buffers and routings of this rank; collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    sizes = LayerSizes(num_experts=NUM_EXPERTS // num_ranks, hidden=args.hidden, inner=args.inner)
+    sizes = LayerSizes(num_experts=args.experts // num_ranks, hidden=args.hidden, inner=args.inner)
     layers = [make_layer(10 * rank + number, sizes, device) for number in range(NUM_LAYERS)]
 
     def lever_of(num_slots: int, resident: range) -> DowngradeLever:
@@ -120,7 +120,7 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
     weights_TK = torch.rand(args.num_tokens, sizes.topk, device=device)
     skewed = LayerInput(
         layer=0,
-        ids_TK=_ids(args.skew, args.num_tokens, device),
+        ids_TK=_ids(args.skew, args.num_tokens, device, args.experts),
         weights_TK=weights_TK / weights_TK.sum(dim=1, keepdim=True),
         logits_TE=torch.empty(0, device=device),
         hidden_TD=torch.randn(args.num_tokens, sizes.hidden, device=device).bfloat16(),
@@ -130,24 +130,26 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
     return Rig(
         rank=rank,
         topology=Topology(
-            num_layers=1, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=sizes.topk
+            num_layers=1, num_experts=args.experts, num_ranks=num_ranks, topk=sizes.topk
         ),
         buffer=make_buffer(device, sizes.hidden, num_ranks),
         exchange=exchange_for(
-            dist.group.WORLD, num_layers=1, num_experts=NUM_EXPERTS, device=device, one_host=True
+            dist.group.WORLD, num_layers=1, num_experts=args.experts, device=device, one_host=True
         ),
         layers=layers,
         staged=lever_of(2, range(0)),
         kept=lever_of(0, range(NUM_LAYERS)),
-        every_E=torch.ones(NUM_EXPERTS, dtype=torch.int32, device=device),
+        every_E=torch.ones(args.experts, dtype=torch.int32, device=device),
         skewed=skewed,
-        even=replace(skewed, ids_TK=_ids(1.0, args.num_tokens, device)),
+        even=replace(skewed, ids_TK=_ids(1.0, args.num_tokens, device, args.experts)),
     )
 
 
-def _ids(skew: float, num_tokens: int, device: torch.device) -> torch.Tensor:
+def _ids(
+    skew: float, num_tokens: int, device: torch.device, num_experts: int
+) -> torch.Tensor:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    ids = skewed_ids(skew, HOT, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index)
+    ids = skewed_ids(skew, HOT, num_ranks, num_experts, LayerSizes().topk, device.index)
     return ids[rank * num_tokens : (rank + 1) * num_tokens].contiguous()
 
 
@@ -175,20 +177,13 @@ def times_ms(rig: Rig, num_rounds: int) -> dict[str, list[float]]:
     for index in range(num_rounds):
         for name in arms if index % 2 == 0 else reversed(arms):
             dist.barrier()
-            begun_s = _now_s(device)
+            begun_s = now_s(device)
             for number in range(NUM_LAYERS):
                 arms[name](number)
-            ms = torch.tensor([1e3 * (_now_s(device) - begun_s) / NUM_LAYERS], device=device)
+            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / NUM_LAYERS], device=device)
             dist.all_reduce(ms, op=dist.ReduceOp.MAX)
             taken[name].append(ms.item())
     return taken
-
-
-def _now_s(device: torch.device) -> float:
-    """When the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def main() -> None:
@@ -198,6 +193,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--num-tokens", type=int, default=16_384, help="tokens of each rank")
     parser.add_argument("--skew", type=float, default=2.0, help="rows of the hot rank, of the mean")
+    parser.add_argument("--experts", type=int, default=128, help="of all ranks")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=768)
     parser.add_argument("--num-rounds", type=int, default=20)
@@ -219,8 +215,9 @@ def main() -> None:
         row = {
             "op": "bench_downgrade_layer",
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "num_ranks": rig.topology.num_ranks, "num_tokens": args.num_tokens,
-            "skew": args.skew, "commit": args.commit, "output_apart": apart,
+            "num_ranks": rig.topology.num_ranks, "num_experts": args.experts,
+            "num_tokens": args.num_tokens, "skew": args.skew,
+            "commit": args.commit, "output_apart": apart,
             "num_host_waits": rig.staged.told()["num_host_waits"],
             "layer_ms": {name: result_rows.deciles(ms) for name, ms in taken.items()},
         }  # fmt: skip

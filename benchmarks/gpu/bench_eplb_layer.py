@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -34,7 +33,6 @@ import torch.distributed as dist
 from benchmarks.gpu import result_rows
 from benchmarks.gpu.bench_replica_layer import (
     HOT,
-    NUM_EXPERTS,
     NUM_LAYERS,
     TOLERANCE,
     Rig,
@@ -42,7 +40,7 @@ from benchmarks.gpu.bench_replica_layer import (
     drawn_ids,
     make_rig,
 )
-from benchmarks.gpu.one_layer import LayerSizes, make_layer
+from benchmarks.gpu.one_layer import LayerSizes, make_layer, now_s
 from benchmarks.gpu.sent_rows import combine
 
 
@@ -64,10 +62,10 @@ def place(
     from sglang.srt.eplb.eplb_algorithms import EplbAlgorithm, rebalance_experts
 
     num_ranks, device = rig.topology.num_ranks, history_TK.device
-    num_physical = NUM_EXPERTS + num_redundant
+    num_physical = rig.topology.num_experts + num_redundant
     own = num_physical // num_ranks
     phy2log_LP, log2all_LEX, _ = rebalance_experts(
-        tokens_per_expert=rows_of(history_TK)[None, None].cpu(),
+        tokens_per_expert=rows_of(history_TK, rig.topology.num_experts)[None, None].cpu(),
         num_physical_experts=num_physical,
         num_local_physical_experts=own,
         num_groups=None,
@@ -92,9 +90,9 @@ def place(
     )
 
 
-def rows_of(ids_TK: torch.Tensor) -> torch.Tensor:
+def rows_of(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Rows of every logical expert over all ranks, float32 `[E]`; collective."""
-    rows_E = torch.bincount(ids_TK.flatten(), minlength=NUM_EXPERTS).float()
+    rows_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).float()
     dist.all_reduce(rows_E)
     return rows_E
 
@@ -118,7 +116,7 @@ def run_placed(rig: Rig, placed: Placed, number: int) -> torch.Tensor:
     ids_TK = placed.log2phy_E[rig.skewed.ids_TK]
     rig.dispatcher.num_experts = placed.num_physical
     rows, handle = rig.dispatcher.dispatch(rig.skewed, ids_TK)
-    rig.dispatcher.num_experts = NUM_EXPERTS
+    rig.dispatcher.num_experts = rig.topology.num_experts
     out = rig.layers[number].quant_method.apply(placed.layers[number], rows)
     return combine(rig.dispatcher.buffer, out, handle)
 
@@ -131,20 +129,13 @@ def times_ms(
     for index in range(num_rounds):
         for name in arms if index % 2 == 0 else reversed(arms):
             dist.barrier()
-            begun_s = _now_s(device)
+            begun_s = now_s(device)
             for number in range(NUM_LAYERS):
                 arms[name](number)
-            ms = torch.tensor([1e3 * (_now_s(device) - begun_s) / NUM_LAYERS], device=device)
+            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / NUM_LAYERS], device=device)
             dist.all_reduce(ms, op=dist.ReduceOp.MAX)
             taken[name].append(ms.item())
     return taken
-
-
-def _now_s(device: torch.device) -> float:
-    """When the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def main() -> None:
@@ -154,10 +145,11 @@ def main() -> None:
     args, device = begin(parser)
     rig = make_rig(args, device)
     num_ranks = rig.topology.num_ranks
-    sizes = LayerSizes(num_experts=NUM_EXPERTS // num_ranks, hidden=args.hidden, inner=args.inner)
+    sizes = LayerSizes(num_experts=args.experts // num_ranks, hidden=args.hidden, inner=args.inner)
     other_TK = drawn_ids(
-        args.skew, args.num_tokens, device, hot=(HOT + 1) % num_ranks, num_hot=args.hot_experts
-    )
+        args.skew, args.num_tokens, device, args.experts, hot=(HOT + 1) % num_ranks,
+        num_hot=args.hot_experts,
+    )  # fmt: skip
     matching = place(rig, sizes, rig.skewed.ids_TK, args.redundant)
     other = place(rig, sizes, other_TK, args.redundant)
     arms: dict[str, Callable[[int], torch.Tensor]] = {
@@ -177,9 +169,9 @@ def main() -> None:
         row = {
             "op": "bench_eplb_layer",
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "num_ranks": num_ranks, "num_tokens": args.num_tokens, "skew": args.skew,
-            "hot_experts": args.hot_experts, "num_slots": args.slots,
-            "num_redundant": args.redundant, "commit": args.commit,
+            "num_ranks": num_ranks, "num_experts": args.experts,
+            "num_tokens": args.num_tokens, "skew": args.skew, "hot_experts": args.hot_experts,
+            "num_slots": args.slots, "num_redundant": args.redundant, "commit": args.commit,
             "balance": {"eplb": matching.balance, "eplb_other": other.balance},
             "layer_ms": {name: result_rows.deciles(ms) for name, ms in taken.items()},
         }  # fmt: skip

@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu import result_rows
-from benchmarks.gpu.one_layer import LayerSizes, make_layer
+from benchmarks.gpu.one_layer import LayerSizes, make_layer, now_s
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.shared_gpus import local_device
 from benchmarks.gpu.skew_plugin import skewed_ids
@@ -52,7 +51,7 @@ from sglang_moelb.ep.replicas.plan import CopyPlan, plan_copies
 from sglang_moelb.kernels.reroute import reroute
 from sglang_moelb.types import Lever, Policy, Topology
 
-NUM_EXPERTS, NUM_LAYERS, HOT = 128, 4, 0
+NUM_LAYERS, HOT = 4, 0
 FORMS = ("stock", "replicate", "planned", "copied", "rerouted", "balanced")
 TOLERANCE = 0.02  # of a layer's output, by which ranks' sums in another order may differ
 
@@ -60,9 +59,9 @@ TOLERANCE = 0.02  # of a layer's output, by which ranks' sums in another order m
 class Dispatcher:
     """What the lever takes of SGLang's dispatcher, over DeepEP's `Buffer`."""
 
-    def __init__(self, buffer: Any) -> None:
+    def __init__(self, buffer: Any, num_experts: int) -> None:
         self.buffer = buffer
-        self.num_experts = NUM_EXPERTS
+        self.num_experts = num_experts
 
     def _get_impl(self) -> Dispatcher:
         return self
@@ -125,7 +124,7 @@ class Rig:
         wide = SimpleNamespace(w13_weight=experts.w13, w2_weight=experts.w2)
         self.dispatcher.num_experts = self.topology.num_ranks * len(experts.w13)
         rows, handle = self.dispatcher.dispatch(self.skewed, ids_TK)
-        self.dispatcher.num_experts = NUM_EXPERTS
+        self.dispatcher.num_experts = self.topology.num_experts
         out = self.layers[number].quant_method.apply(wide, rows)
         return combine(self.dispatcher.buffer, out, handle)
 
@@ -143,17 +142,18 @@ class Rig:
 def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
     """Layers, buffers and routings of this rank; collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    sizes = LayerSizes(num_experts=NUM_EXPERTS // num_ranks, hidden=args.hidden, inner=args.inner)
+    sizes = LayerSizes(num_experts=args.experts // num_ranks, hidden=args.hidden, inner=args.inner)
     layers = [make_layer(10 * rank + number, sizes, device) for number in range(NUM_LAYERS)]
     group = dist.new_group(backend="gloo")
     experts_L = map_experts(layers, num_slots=args.slots, rank=rank, group=group)
     topology = Topology(
-        num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_ranks=num_ranks, topk=sizes.topk
+        num_layers=NUM_LAYERS, num_experts=args.experts, num_ranks=num_ranks, topk=sizes.topk
     )
+    ids_TK = drawn_ids(args.skew, args.num_tokens, device, args.experts, num_hot=args.hot_experts)
     weights_TK = torch.rand(args.num_tokens, sizes.topk, device=device)
     skewed = LayerInput(
         layer=0,
-        ids_TK=drawn_ids(args.skew, args.num_tokens, device, num_hot=args.hot_experts),
+        ids_TK=ids_TK,
         weights_TK=weights_TK / weights_TK.sum(dim=1, keepdim=True),
         logits_TE=torch.empty(0, device=device),
         hidden_TD=torch.randn(args.num_tokens, sizes.hidden, device=device).bfloat16(),
@@ -165,28 +165,29 @@ def make_rig(args: argparse.Namespace, device: torch.device) -> Rig:
         topology=topology,
         num_slots=args.slots,
         exchange=exchange_for(
-            dist.group.WORLD, num_layers=1, num_experts=NUM_EXPERTS, device=device, one_host=True
+            dist.group.WORLD, num_layers=1, num_experts=args.experts, device=device, one_host=True
         ),
-        dispatcher=Dispatcher(make_buffer(device, sizes.hidden, num_ranks)),
+        dispatcher=Dispatcher(make_buffer(device, sizes.hidden, num_ranks), args.experts),
         layers=layers,
         experts_L=experts_L,
         lever=ReplicateLever(
             layers, experts_L, topology=topology, rank=rank, lanes=lanes_of(device)
         ),
         skewed=skewed,
-        even=replace(skewed, ids_TK=drawn_ids(1.0, args.num_tokens, device)),
+        even=replace(skewed, ids_TK=drawn_ids(1.0, args.num_tokens, device, args.experts)),
         policy=Policy(epoch=1, lever=Lever.REPLICATE),
     )
 
 
 def drawn_ids(
-    skew: float, num_tokens: int, device: torch.device, *, hot: int = HOT, num_hot: int = 0
-) -> torch.Tensor:
+    skew: float, num_tokens: int, device: torch.device, num_experts: int, *, hot: int = HOT,
+    num_hot: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Of this rank's tokens, int64 `[T, K]`; `num_hot` experts of rank `hot` are hot, 0 for all."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    first = hot * NUM_EXPERTS // num_ranks if num_hot else None
+    first = hot * num_experts // num_ranks if num_hot else None
     ids = skewed_ids(
-        skew, hot, num_ranks, NUM_EXPERTS, LayerSizes().topk, device.index, first, num_hot
+        skew, hot, num_ranks, num_experts, LayerSizes().topk, device.index, first, num_hot
     )
     return ids[rank * num_tokens : (rank + 1) * num_tokens].contiguous()
 
@@ -220,20 +221,13 @@ def times_ms(
     for index in range(num_rounds):
         for form in FORMS if index % 2 == 0 else FORMS[::-1]:
             dist.barrier()
-            begun_s = _now_s(device)
+            begun_s = now_s(device)
             for number in range(NUM_LAYERS):
                 rig.run(form, number, plan, ids_TK)
-            ms = torch.tensor([1e3 * (_now_s(device) - begun_s) / NUM_LAYERS], device=device)
+            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / NUM_LAYERS], device=device)
             dist.all_reduce(ms, op=dist.ReduceOp.MAX)
             taken[form].append(ms.item())
     return taken
-
-
-def _now_s(device: torch.device) -> float:
-    """When the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def differences(taken: dict[str, list[float]]) -> dict[str, float]:
@@ -254,6 +248,7 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.de
     parser.add_argument("--skew", type=float, default=2.0, help="rows of the hot rank, of the mean")
     parser.add_argument("--hot-experts", type=int, default=0, help="of that rank; 0: all of it")
     parser.add_argument("--slots", type=int, default=32, help="slots of a rank")
+    parser.add_argument("--experts", type=int, default=128, help="of all ranks")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=768)
     parser.add_argument("--num-rounds", type=int, default=30)
@@ -283,9 +278,10 @@ def main() -> None:
         row = {
             "op": "bench_replica_layer",
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "num_ranks": rig.topology.num_ranks, "num_tokens": args.num_tokens,
-            "skew": args.skew, "hot_experts": args.hot_experts, "num_slots": args.slots,
-            "commit": args.commit, "output_apart": farthest, "balance_planned": balance_of(plan),
+            "num_ranks": rig.topology.num_ranks, "num_experts": args.experts,
+            "num_tokens": args.num_tokens, "skew": args.skew, "hot_experts": args.hot_experts,
+            "num_slots": args.slots, "commit": args.commit, "output_apart": farthest,
+            "balance_planned": balance_of(plan),
             "copies_R": (plan.slots_RS >= 0).sum(dim=1).tolist(),
             "layer_ms": {form: result_rows.deciles(ms) for form, ms in taken.items()},
             "parts_ms": differences(taken),

@@ -9,6 +9,7 @@ Shape letters: E local experts, N received rows, K top-k columns, H hidden size.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -97,6 +98,13 @@ def make_runner(sizes: LayerSizes, device_type: str) -> Any:
 
     core = ReferenceRunnerCore(config)
     return SimpleNamespace(run=lambda rows, quant: core.run_from_dispatch(rows, quant, config))
+
+
+def now_s(device: torch.device) -> float:
+    """When the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def received_rows(

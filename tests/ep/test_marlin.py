@@ -6,7 +6,7 @@ Shape letters: e local experts, N rows, K top-k or features, S rows expert by ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from sglang_moelb.ep.low import marlin, marlin_library
 from sglang_moelb.ep.low.marlin import ExpertRows, MarlinWeights
 from sglang_moelb.ep.low.marlin_library import SYMBOLS, Symbol, library_refusal
+from sglang_moelb.ep.resident.weights import only
 from sglang_moelb.ep.standin.experts import run_experts
 from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 from sglang_moelb.kernels.block_format import (
@@ -49,10 +50,11 @@ def plain() -> dict[str, Tensor]:
     }
 
 
-def stored(wanted: tuple[int, ...] = (1,) * NUM_EXPERTS) -> MarlinWeights:
+def stored(experts: Sequence[int] = range(NUM_EXPERTS)) -> MarlinWeights:
     layer = SimpleNamespace(**plain())
     into = marlin.allocate(layer)
-    marlin.convert(layer, into, torch.tensor(wanted, dtype=torch.int32))
+    for expert in experts:
+        marlin.store(layer, expert, only(into, expert))
     return into
 
 
@@ -120,8 +122,8 @@ def test_room_takes_four_and_a_quarter_bits_a_weight_and_computes_zeros() -> Non
     assert not out_SH[:6].any()
 
 
-def test_only_wanted_experts_are_converted_and_codes_are_those_of_the_format() -> None:
-    all_of, some = stored(), stored((0, 1, 0, 1))
+def test_only_the_expert_asked_for_is_written_and_codes_are_those_of_the_format() -> None:
+    all_of, some = stored(), stored((1, 3))
     for name in ("w13", "w2", "w13_scale", "w2_scale"):
         assert torch.equal(getattr(some, name)[1::2], getattr(all_of, name)[1::2])
         assert not getattr(some, name)[::2].any()
@@ -163,7 +165,9 @@ def test_scales_lie_as_sglang_lays_those_of_its_own_mxfp4_models() -> None:
                 s=values.T.contiguous(), size_k=32 * num_groups, size_n=num_rows, group_size=32
             )
         )
-        assert torch.equal(marlin_library.permuted(scales_NK), theirs.view(torch.uint8))
+        found = torch.full_like(theirs.view(torch.uint8), 255)
+        marlin_library.permute(scales_NK, found)
+        assert torch.equal(found, theirs.view(torch.uint8))
 
 
 def double_of_marlin(calls: list[dict[str, Any]]) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sglang_moelb.ep.low import fp8, marlin
 from sglang_moelb.ep.resident.experts import ResidentExperts
 from sglang_moelb.ep.resident.formats import FORMATS, NAMES, LowWeights
-from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, store
+from sglang_moelb.ep.resident.weights import StoredLayer, high_bytes, only, store
 from sglang_moelb.ep.standin.experts import run_experts
 from sglang_moelb.ep.standin.low_experts import Fp8Experts, run_experts_fp8
 from sglang_moelb.kernels.block_format import BlockFormat, fake_quantise_fp4
@@ -136,10 +136,11 @@ class ByReference:
 
 
 def all_low(name: str) -> LowWeights:
-    """All experts in format `name`, converted together."""
+    """All experts in format `name`."""
     whole = SimpleNamespace(**{weight: weights(weight) for weight in ("w13_weight", "w2_weight")})
     into: LowWeights = FORMATS[name].allocate(whole)
-    FORMATS[name].convert(whole, into, torch.ones(NUM_EXPERTS, dtype=torch.int32))
+    for expert in range(NUM_EXPERTS):
+        FORMATS[name].store(whole, expert, only(into, expert))
     return into
 
 

@@ -10,11 +10,12 @@ expert in low latency, H hidden size, J = 2I gate and up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sglang_moelb.ep.expert_rows import in_bfloat16
+from sglang_moelb.ep.expert_rows import WEIGHTS, in_bfloat16
 from sglang_moelb.kernels.convert_fp8 import convert_fp8
 from sglang_moelb.kernels.quantise_rows import quantise_masked_rows, quantise_rows
 
@@ -65,6 +66,15 @@ def convert(
         wanted_E=wanted_e,
         num_programs=num_programs,
     )
+
+
+def store(layer: Any, expert: int, into: Fp8Weights) -> None:
+    """Write local expert `expert` of `layer` into the one place of `into`; no host sync.
+
+    On the current stream.
+    """
+    one = SimpleNamespace(**{name: getattr(layer, name)[expert : expert + 1] for name in WEIGHTS})
+    convert(one, into, torch.ones(1, dtype=torch.int32, device=into.w13.device))
 
 
 def quantised(dispatch_output: Any) -> Any:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own spelling
 
-from sglang_moelb.ep.expert_rows import in_bfloat16
+from sglang_moelb.ep.expert_rows import WEIGHTS, in_bfloat16
 from sglang_moelb.ep.low import marlin_library
 from sglang_moelb.ep.low.marlin_library import GROUP
-from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled, empty_block_scaled
+from sglang_moelb.kernels.block_format import BlockFormat, BlockScaled
 from sglang_moelb.kernels.convert_fp4 import convert_fp4
 from sglang_moelb.kernels.grouped_fp4 import grouped_fp4
 from sglang_moelb.kernels.lay_blocks import lay_blocks
@@ -87,29 +87,25 @@ def allocate(layer: Any) -> MarlinWeights:
     return MarlinWeights(**parts)
 
 
-def convert(
-    layer: Any, into: MarlinWeights, wanted_e: torch.Tensor, num_programs: int | None = None
-) -> None:
-    """Convert the wanted experts of `layer` on the current stream; no host sync.
+def store(layer: Any, expert: int, into: MarlinWeights) -> None:
+    """Write local expert `expert` of `layer` into the one place of `into`; no host sync.
 
-    On a GPU by way of codes and scales row by row, which are then free again. At most
-    `num_programs` SMs are busy with making those.
+    On the current stream. On a GPU by way of codes and scales row by row, which are then free
+    again: few launches, for they are what a move of an expert takes of a pass.
     """
-    weights = (in_bfloat16(layer.w13_weight.data), in_bfloat16(layer.w2_weight.data))
+    weights = tuple(
+        in_bfloat16(getattr(layer, name).data[expert : expert + 1]) for name in WEIGHTS
+    )
     places = ((into.w13, into.w13_scale), (into.w2, into.w2_scale))
+    wanted_e = torch.ones(1, dtype=torch.int32, device=into.w13.device)
     if not into.w13.is_cuda:
-        slots = tuple(_block_scaled(*place) for place in places)
-        convert_fp4(weights, wanted_e, slots, num_programs=num_programs or 0)
+        convert_fp4(weights, wanted_e, tuple(_block_scaled(*place) for place in places))
         return
-    made = tuple(empty_block_scaled(tuple(one.shape), FORMAT, one.device) for one in weights)
-    convert_fp4(weights, wanted_e, made, num_programs=num_programs or 0)
+    made = tuple(_room(one) for one in weights)
+    convert_fp4(weights, wanted_e, made)
     for one, (codes, scales) in zip(made, places, strict=True):
-        for expert, wanted in enumerate(wanted_e != 0):
-            for to, new in (
-                (codes[expert], marlin_library.repacked(one.codes[expert])),
-                (scales[expert], marlin_library.permuted(one.scales[expert])),
-            ):
-                to.copy_(torch.where(wanted, new, to))
+        codes[0].copy_(marlin_library.repacked(one.codes[0]))
+        marlin_library.permute(one.scales[0], scales[0])
 
 
 def quantised(dispatch_output: Any) -> Any:
@@ -230,6 +226,16 @@ def _summed(
     return out_NH.bfloat16()
 
 
+def _room(weight: torch.Tensor) -> BlockScaled:
+    """Room for codes and scales of `weight` row by row, not set."""
+    num_experts, num_rows, width = weight.shape
+    codes, scales = (
+        weight.new_empty(num_experts, num_rows, width // part, dtype=torch.uint8)
+        for part in (2, GROUP)
+    )
+    return _block_scaled(codes, scales)
+
+
 def _block_scaled(codes: torch.Tensor, scales: torch.Tensor) -> BlockScaled:
-    """Bytes on the host as their format."""
+    """Bytes row by row as their format."""
     return BlockScaled(format=FORMAT, codes=codes, scales=scales)

@@ -25,7 +25,7 @@ from sglang_moelb.kernels.lay_blocks import Blocks
 GROUP = 32  # weights that share a scale
 MULTIPLE = 128  # of hidden and expert size: a tile of the kernel, of which K takes 64 and N 128
 HOPPER = (9, 0)
-Stored = tuple[torch.Tensor, torch.Tensor]  # what `repacked` and `permuted` gave of all experts
+Stored = tuple[torch.Tensor, torch.Tensor]  # what `repacked` and `permute` gave of all experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,16 +126,16 @@ def repacked(codes_NK: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def permuted(scales_NK: torch.Tensor) -> torch.Tensor:
-    """One expert's scales, e8m0 bytes `[N, K/32]`, in Marlin's order: bytes `[K/32, N]`.
+def permute(scales_NK: torch.Tensor, into_KN: torch.Tensor) -> None:
+    """Copy one expert's scales, e8m0 bytes `[N, K/32]`, to bytes `[K/32, N]` in Marlin's order.
 
     What SGLang's `marlin_permute_scales` and `mxfp4_marlin_process_scales` do by lists of indices,
     which would wait for the device: of 64 features every eighth together, then of each four the
-    middle two exchanged.
+    middle two exchanged. One launch.
     """
-    num_rows, num_groups = scales_NK.shape
-    by_eights = scales_NK.T.reshape(-1, 8, 8).mT
-    return by_eights.reshape(-1, 2, 2).mT.reshape(num_groups, num_rows)
+    num_groups, num_rows = into_KN.shape
+    ordered = scales_NK.view(-1, 2, 2, 2, 8, num_groups).permute(5, 0, 4, 1, 3, 2)
+    into_KN.view(num_groups, num_rows // 64, 8, 2, 2, 2).copy_(ordered)
 
 
 def run_marlin(

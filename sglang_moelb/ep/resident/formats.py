@@ -26,10 +26,8 @@ class StoredFormat(Protocol):
     def allocate(self, layer: Any) -> Any:
         """Room for the weights of a layer like `layer`, filled with zeros, which compute zeros."""
 
-    def convert(
-        self, layer: Any, into: Any, wanted_e: torch.Tensor, num_programs: int | None = None
-    ) -> None:
-        """Convert the wanted experts of `layer` on the current stream; no host sync."""
+    def store(self, layer: Any, expert: int, into: Any) -> None:
+        """Write a local expert of `layer` into the one place of `into`; no host sync."""
 
     def quantised(self, dispatch_output: Any) -> Any:
         """A copy of a normal dispatch's output with its rows as `run` takes them."""

@@ -108,9 +108,7 @@ def _empty(layer: Any, num_experts: int, low_format: StoredFormat) -> LowWeights
 
 def quantise(layer: Any, expert: int, into: LowWeights) -> None:
     """Write local expert `expert` into the one place of `into`."""
-    one = SimpleNamespace(**{name: getattr(layer, name)[expert : expert + 1] for name in WEIGHTS})
-    wanted = torch.ones(1, dtype=torch.int32, device=into.w13.device)
-    format_of(into).convert(one, into, wanted)
+    format_of(into).store(layer, expert, into)
 
 
 def only(weights: LowWeights, place: int) -> LowWeights:
