@@ -22,7 +22,7 @@ check() { # kind
     --max-total-tokens "${MAX_TOTAL:-40000}")
   start "stock-$kind" "${common[@]}"
   start "moelb-$kind" "${common[@]}" --moelb-mode replicate \
-    --moelb-config "{\"replicate\": {\"slots\": ${SLOTS:-16}}}"
+    --moelb-config "{\"replicate\": {\"slots\": ${SLOTS:-16}}, \"downgrade\": {\"ready\": true}}"
   await "stock-$kind" "moelb-$kind"
   timeout 300 python3 -m benchmarks.gpu.check_models --model "$kind" --skew "${SKEW:-2}" \
     --skew-file "$MOELB_BENCH_SKEW" --server "stock=${url_of[stock-$kind]}=stock" \

@@ -21,7 +21,8 @@ SHARED: dict[str, Any] = {
     "num_attention_heads": 16, "num_experts_per_tok": 6, "num_key_value_heads": 16,
     "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
     "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 4096,
         "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
     },
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
