@@ -43,12 +43,16 @@ def powers(words: torch.Tensor, num_scales: int) -> torch.Tensor:
     return torch.exp2(byte.double() - 127).float().where(byte != 255, torch.nan)
 
 
-class DeepGemm(ModuleType):
-    """`deep_gemm` as the FP4 path sees it on SM100 (csrc/apis/gemm.hpp, csrc/utils/layout.hpp)."""
+class RecordedGemm(ModuleType):
+    """A `deep_gemm` that keeps the sizes it was called with."""
 
     def __init__(self) -> None:
         super().__init__("deep_gemm")
         self.calls: list[tuple[int, int, int]] = []
+
+
+class DeepGemm(RecordedGemm):
+    """`deep_gemm` as the FP4 path sees it on SM100 (csrc/apis/gemm.hpp, csrc/utils/layout.hpp)."""
 
     def m_grouped_fp8_fp4_gemm_nt_contiguous(
         self,

@@ -9,20 +9,15 @@ Shape letters: M rows in the experts' order, N output features.
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 
-from .sm100 import BLOCK_M, blackwell, scatter
+from .sm100 import BLOCK_M, RecordedGemm, blackwell, scatter
 
 
-class DeepGemm(ModuleType):
+class DeepGemm(RecordedGemm):
     """`deep_gemm` as the FP8 path sees it on SM90 (csrc/apis/gemm.hpp, csrc/utils/layout.hpp)."""
-
-    def __init__(self) -> None:
-        super().__init__("deep_gemm")
-        self.calls: list[tuple[int, int, int]] = []
 
     def m_grouped_fp8_gemm_nt_contiguous(
         self,

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_moelb.ep.low import attach, fp8
-from sglang_moelb.ep.memory import MemoryLedger
+from sglang_moelb.ep.low import fp8
 
 from .moe_layers import lora, offload  # noqa: F401 - fixtures for all tests here
 from .sm90 import DeepGemm, hopper, quantise_128
@@ -27,15 +26,14 @@ from .test_mxfp4_lever import (
     off,
     plan,
     received,
+    start_on_layers,
     weighted_layer,
 )
 
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> DeepGemm:
-    pytest.importorskip("sglang.srt.layers.moe.moe_runner.runner")
-    monkeypatch.setattr(attach, "expert_layers", lambda model: model)
-    monkeypatch.setattr(attach, "_ledger", lambda model_runner, staging: MemoryLedger())
+    start_on_layers(monkeypatch)
     return hopper(monkeypatch)
 
 

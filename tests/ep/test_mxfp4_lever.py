@@ -32,11 +32,16 @@ Values = Callable[[torch.Tensor], torch.Tensor]
 MAGNITUDES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-@pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> DeepGemm:
+def start_on_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the start of the lever take bare layers for a model."""
     pytest.importorskip("sglang.srt.layers.moe.moe_runner.runner")
     monkeypatch.setattr(attach, "expert_layers", lambda model: model)
     monkeypatch.setattr(attach, "_ledger", lambda model_runner, staging: MemoryLedger())
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> DeepGemm:
+    start_on_layers(monkeypatch)
     return blackwell(monkeypatch)
 
 
