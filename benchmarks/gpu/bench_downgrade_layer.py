@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu import result_rows
-from benchmarks.gpu.one_layer import LayerSizes, make_layer, now_s
+from benchmarks.gpu.one_layer import LayerSizes, arm_times_ms, make_layer
 from benchmarks.gpu.sent_rows import combine, dispatch, make_buffer
 from benchmarks.gpu.shared_gpus import local_device
 from benchmarks.gpu.skew_plugin import skewed_ids
@@ -170,22 +170,6 @@ def check_alike(rig: Rig, *, is_skewed: bool) -> dict[str, float]:
     return apart
 
 
-def times_ms(rig: Rig, num_rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a layer of the slowest rank, by arm."""
-    arms, device = rig.arms(), rig.every_E.device
-    taken: dict[str, list[float]] = {name: [] for name in arms}
-    for index in range(num_rounds):
-        for name in arms if index % 2 == 0 else reversed(arms):
-            dist.barrier()
-            begun_s = now_s(device)
-            for number in range(NUM_LAYERS):
-                arms[name](number)
-            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / NUM_LAYERS], device=device)
-            dist.all_reduce(ms, op=dist.ReduceOp.MAX)
-            taken[name].append(ms.item())
-    return taken
-
-
 def main() -> None:
     """Check, warm up, time; rank 0 appends a row and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -209,8 +193,8 @@ def main() -> None:
     torch.manual_seed(dist.get_rank())
     rig = make_rig(args, device)
     apart = check_alike(rig, is_skewed=args.skew > 1.0)
-    times_ms(rig, 2)
-    taken = times_ms(rig, args.num_rounds)
+    arm_times_ms(rig.arms(), device, NUM_LAYERS, 2)
+    taken = arm_times_ms(rig.arms(), device, NUM_LAYERS, args.num_rounds)
     if rig.rank == 0:
         row = {
             "op": "bench_downgrade_layer",

@@ -40,7 +40,7 @@ from benchmarks.gpu.bench_replica_layer import (
     drawn_ids,
     make_rig,
 )
-from benchmarks.gpu.one_layer import LayerSizes, make_layer, now_s
+from benchmarks.gpu.one_layer import LayerSizes, arm_times_ms, make_layer
 from benchmarks.gpu.sent_rows import combine
 
 
@@ -121,23 +121,6 @@ def run_placed(rig: Rig, placed: Placed, number: int) -> torch.Tensor:
     return combine(rig.dispatcher.buffer, out, handle)
 
 
-def times_ms(
-    arms: dict[str, Callable[[int], torch.Tensor]], device: torch.device, num_rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds a layer of the slowest rank, by arm."""
-    taken: dict[str, list[float]] = {name: [] for name in arms}
-    for index in range(num_rounds):
-        for name in arms if index % 2 == 0 else reversed(arms):
-            dist.barrier()
-            begun_s = now_s(device)
-            for number in range(NUM_LAYERS):
-                arms[name](number)
-            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / NUM_LAYERS], device=device)
-            dist.all_reduce(ms, op=dist.ReduceOp.MAX)
-            taken[name].append(ms.item())
-    return taken
-
-
 def main() -> None:
     """Place, check, warm up, time; rank 0 appends a row and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -163,8 +146,8 @@ def main() -> None:
     for name in ("eplb", "eplb_other", "replicate"):
         apart = ((arms[name](1).float() - whole).norm() / whole.norm()).item()
         assert apart < TOLERANCE, f"{name} is {apart} from stock"
-    times_ms(arms, device, 2)
-    taken = times_ms(arms, device, args.num_rounds)
+    arm_times_ms(arms, device, NUM_LAYERS, 2)
+    taken = arm_times_ms(arms, device, NUM_LAYERS, args.num_rounds)
     if rig.rank == 0:
         row = {
             "op": "bench_eplb_layer",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from sglang_moelb.ep.standin.torchvision_gap import close_torchvision_gap
 
@@ -105,6 +107,26 @@ def now_s(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def arm_times_ms(
+    arms: dict[str, Callable[[int], torch.Tensor]],
+    device: torch.device,
+    num_layers: int,
+    num_rounds: int,
+) -> dict[str, list[float]]:
+    """Milliseconds a layer of the slowest rank, by arm; every second round in reverse."""
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    for index in range(num_rounds):
+        for name in arms if index % 2 == 0 else reversed(arms):
+            dist.barrier()
+            begun_s = now_s(device)
+            for number in range(num_layers):
+                arms[name](number)
+            ms = torch.tensor([1e3 * (now_s(device) - begun_s) / num_layers], device=device)
+            dist.all_reduce(ms, op=dist.ReduceOp.MAX)
+            taken[name].append(ms.item())
+    return taken
 
 
 def received_rows(

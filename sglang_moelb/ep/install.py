@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from sglang_moelb import config as configuration
@@ -152,7 +153,7 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             bool(given("enable_two_batch_overlap")),
             "two micro-batches a layer are not supported yet; leave the flag out",
         ),
-        *_renaming_refusals(args),
+        *_renaming_refusals(given),
         (
             f"--tokenizer-worker-num {given('tokenizer_worker_num')}",
             (given("tokenizer_worker_num") or 1) != 1,
@@ -161,14 +162,14 @@ def _refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _renaming_refusals(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+def _renaming_refusals(given: Callable[[str], object]) -> list[tuple[str, bool, str]]:
     """What makes SGLang's numbers of the chosen experts other than the model's."""
-    location = getattr(args, "init_expert_location", None) or "trivial"
-    redundant = getattr(args, "ep_num_redundant_experts", None)
+    location = given("init_expert_location") or "trivial"
+    redundant = given("ep_num_redundant_experts")
     return [
         (
             "--enable-eplb",
-            bool(getattr(args, "enable_eplb", None)),
+            bool(given("enable_eplb")),
             "EPLB renames experts while it runs; leave the flag out",
         ),
         (
